@@ -181,9 +181,14 @@ def _preprocess(image) -> Tensor:
 # --- the cache ------------------------------------------------------------------------------------
 
 
+def cache_folder() -> Path:
+    """``$BOOK_CACHE`` or ``~/.cache/activations-book``: converted models, compiled kernels."""
+    return Path(os.environ.get("BOOK_CACHE") or Path.home() / ".cache" / "activations-book")
+
+
 def _cached(name: str, convert) -> Path:
     """The cached folder of a converted model: made once, checked at every load, rebuilt if hurt."""
-    root = Path(os.environ.get("BOOK_CACHE") or Path.home() / ".cache" / "activations-book")
+    root = cache_folder()
     folder = root / f"{name}-{metadata.version(_installed(name))}"
     if _is_whole(folder):
         return folder

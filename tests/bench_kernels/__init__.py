@@ -1,0 +1,1 @@
+"""What the kernels are worth: every operation beside its reference and its peers, in one run."""
