@@ -34,7 +34,6 @@ converted, and every exit from a context, exceptions included, leaves it as it w
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from weakref import ref
 
 import torch
@@ -160,22 +159,23 @@ def capture(model: nn.Module, sites: str | Iterable[str], detach: bool = True, s
     acts = Activations()
     wiring = wiring_of(model)
     names = _resolve(wiring, model, sites)
-    keep = partial(_keep, wiring, acts, detach, steps)
-    with connected(model, wiring, wiring.stores, {site: keep(site) for site in names}):
+    keep = _keeper(wiring, acts, detach, steps)
+    with connected(model, wiring, wiring.stores, dict.fromkeys(names, keep)):
         yield acts
 
 
-def _keep(wiring: Wiring, acts: Activations, detach: bool, steps: bool, site: str) -> Callable:
+def _keeper(wiring: Wiring, acts: Activations, detach: bool, steps: bool) -> Callable:
     copies = wiring.anatomy.inplace  # a later in-place activation would overwrite what we hold
-    viewed = wiring.anatomy.taps[site].is_view
+    taps = wiring.anatomy.taps
 
-    def store(x: Tensor) -> Tensor:
+    def store(site: str, x: Tensor) -> Tensor:
         if detach:
-            kept = x.detach().clone() if copies else x.detach()
+            kept = x.detach() if x.requires_grad else x
+            kept = kept.clone() if copies else kept
         else:
             if torch.is_grad_enabled() and not x.requires_grad:
                 x = x.detach().requires_grad_()
-            elif viewed or copies:
+            elif taps[site].is_view or copies:
                 x = x.clone()  # a node of its own, on the path to the output
             kept = x
         if steps:
@@ -206,8 +206,7 @@ def read(model: nn.Module, inputs, sites: str | Iterable[str], detach: bool = Tr
         return x
 
     with capture(model, names, detach=detach) as acts:
-        ends = {site: partial(tick, site) for site in names}
-        with connected(model, wiring, wiring.stores, ends):
+        with connected(model, wiring, wiring.stores, dict.fromkeys(names, tick)):
             try:
                 with torch.set_grad_enabled(not detach):
                     model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
@@ -275,7 +274,7 @@ def _change(wiring, site: str, fn: Callable, positions: Positions, heads, met) -
     if heads is not None:
         heads = [heads] if isinstance(heads, int) else [int(h) for h in heads]
 
-    def change(x: Tensor) -> Tensor:
+    def change(site: str, x: Tensor) -> Tensor:
         dims, picks = [], []
         if positions is not None:
             tokens = x.shape[tap.pos_dim]

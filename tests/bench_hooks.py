@@ -11,15 +11,16 @@ import time
 
 import torch
 
-from lib import hooks, models
+from lib import datasets, hooks, models
 
 ROUNDS = 40
-TEXT = "When Mary and John went to the store, John gave a drink to"
+LENGTHS = (14, 128)  # tokens: a patching prompt, a paragraph
 
 
-def ways(model, tokenizer) -> dict:
+def ways(model, tokenizer, length: int) -> dict:
     """name -> a function that runs one forward that way; peers that do not import are left out."""
-    inputs = tokenizer(TEXT, return_tensors="pt")
+    text = tokenizer(datasets.moby_dick()[50_000:60_000], return_tensors="pt")
+    inputs = {key: value[:, :length] for key, value in text.items()}
     blocks = model.model.layers
 
     def plain():
@@ -103,7 +104,11 @@ def peers(model, tokenizer, inputs) -> dict:
 @torch.inference_mode()
 def main() -> None:
     model, tokenizer = models.load("smollm2", device="cpu")
-    runs = ways(model, tokenizer)
+    for length in LENGTHS:
+        race(ways(model, tokenizer, length), length)
+
+
+def race(runs: dict, length: int) -> None:
     for name, run in list(runs.items()):
         try:
             run()
@@ -117,7 +122,7 @@ def main() -> None:
             runs[name]()
             seconds[name].append(time.perf_counter() - start)
     base = seconds["plain forward"]
-    print(f"{'way of reading':55}  ms   ratio to the plain forward (median of {ROUNDS})")
+    print(f"{f'{length} tokens':55}  ms   ratio to the plain forward (median of {ROUNDS})")
     for name, times in seconds.items():
         ratio = statistics.median(t / b for t, b in zip(times, base, strict=True))
         print(f"{name:55} {1000 * statistics.median(times):5.1f}  {ratio:.3f}")
