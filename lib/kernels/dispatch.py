@@ -6,9 +6,12 @@ notice a process says so.
 
 import os
 import warnings
+import zlib
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -19,7 +22,10 @@ from lib.models import cache_folder
 # Numba reads these when it is imported. OpenMP is the layer that torch uses too: its threads are
 # the quickest to start, and the two do not fight for the cores.
 os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")
-os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_folder() / "numba"))
+# Its cache notices a change of a kernel's own file, not of a file that this one imports from: so
+# the folder's name is that of all their contents.
+_SOURCES = zlib.crc32(b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py"))))
+os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_folder() / f"numba-{_SOURCES:08x}"))
 
 try:
     import numba
@@ -35,7 +41,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:
-    triton = tl = None
+    triton, tl = None, SimpleNamespace(constexpr=int)  # for the kernels' annotations
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -139,7 +145,9 @@ def check(**tensors: tuple) -> dict[str, int]:
                 raise BookError(f"{got} with {word} = {wanted}")
         if dtypes and x.dtype not in dtypes[0]:
             allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes[0])
-            raise BookError(f"{name} is {str(x.dtype).removeprefix('torch.')}; it must be {allowed}")
+            raise BookError(
+                f"{name} is {str(x.dtype).removeprefix('torch.')}; it must be {allowed}"
+            )
         first = first or (name, x.device)
         if x.device != first[1]:
             raise BookError(f"{name} is on {x.device}, {first[0]} on {first[1]}; use one device")

@@ -11,7 +11,9 @@ import tests.bench_kernels as bench
 from lib.models import DATA
 from tests.bench_kernels.common import machine
 
-NAMES = [m.name for m in pkgutil.iter_modules(bench.__path__) if m.name not in ("common", "__main__")]
+NAMES = [
+    m.name for m in pkgutil.iter_modules(bench.__path__) if m.name not in ("common", "__main__")
+]
 
 
 def table(name: str, rows: list[dict]) -> str:
