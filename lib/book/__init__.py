@@ -14,7 +14,13 @@ where the package is not installed.
     store     a run's outputs written back into the chapter, clean and stable
     stale     what produced a chapter's outputs, and whether it changed since
     status    the table of `book status`
-    compare   two runs side by side
+    sweep     many runs of a chapter on a Dask cluster: sweep_plan (its points), sweep_state,
+              sweep_store (locks, records), sweep_ship and sweep_point (on a worker), sweep_dask,
+              sweep_progress, sweep_page with sweep_template, sweep_table, sweep_compare
+    workshop  a session on chapters: workshop_plan (what fits the minutes), workshop_exercises and
+              workshop_text (taken from the notebook), workshop_edition, workshop_slides with
+              reveal, workshop_pack
+    compare   two runs or two sweeps side by side
     check     a chapter against the guide; the rules are in check_parts, check_claims, check_code
               and check_outputs, on a chapter as `chapter` reads it
     new       the scaffold of a chapter; its cells are in template

@@ -36,6 +36,23 @@ def parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(call=_run)
 
+    sweep = commands.add_parser("sweep", help="run a chapter at every combination of values")
+    sweep.add_argument("chapter", nargs="?")
+    sweep.add_argument(
+        "-p",
+        dest="parameters",
+        action="append",
+        default=[],
+        metavar="NAME=A,B,C",
+        help="values of a parameter; the points are the product of all that are given",
+    )
+    sweep.add_argument("--seeds", type=int, metavar="N", help="N values of the parameter seed")
+    sweep.add_argument("--profile", default="default", help="smoke, default or full")
+    sweep.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler, tcp://host:8786")
+    sweep.add_argument("--workers", type=int, metavar="N", help="processes on this machine")
+    sweep.add_argument("--resume", metavar="ID", help="go on with a sweep that was interrupted")
+    sweep.set_defaults(call=_sweep)
+
     build = commands.add_parser("build", help="build the pages; a warning is an error")
     build.add_argument("--execute", action="store_true", help="rerun and store stale chapters")
     build.add_argument("--out", metavar="FOLDER", help="build into FOLDER instead of _build")
@@ -45,9 +62,11 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("--check", action="store_true", help="exit with 1 if any is stale")
     status.set_defaults(call=_status)
 
-    compare = commands.add_parser("compare", help="two runs side by side, flipped claims first")
+    compare = commands.add_parser("compare", help="two runs or sweeps, flipped claims first")
     for name in ("a", "b"):
-        compare.add_argument(name, metavar=name.upper(), help="a run's id or folder, or a chapter")
+        compare.add_argument(
+            name, metavar=name.upper(), help="a run's or sweep's id or folder, or a chapter"
+        )
     compare.set_defaults(call=_compare)
 
     check = commands.add_parser("check", help="check chapters against the guide")
@@ -56,6 +75,12 @@ def parser() -> argparse.ArgumentParser:
         "--complete", action="store_true", help="papers not yet written are findings too"
     )
     check.set_defaults(call=_check)
+
+    workshop = commands.add_parser("workshop", help="a session on chapters: editions and slides")
+    workshop.add_argument("chapters", nargs="+", metavar="CHAPTER")
+    workshop.add_argument("--minutes", type=int, default=90, metavar="45|90|180", help="in all")
+    workshop.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    workshop.set_defaults(call=_workshop)
 
     new = commands.add_parser("new", help="scaffold a chapter that already runs and passes check")
     new.add_argument("slug")
@@ -76,6 +101,23 @@ def _run(args) -> int:
         f" {held} of {total} claims held; {folder.relative_to(places.root())}/notebook.html"
     )
     return 0
+
+
+def _sweep(args) -> int:
+    from lib.book import places, sweep
+
+    state = sweep.sweep(
+        args.chapter, args.parameters, args.seeds, args.profile, args.scheduler, args.workers,
+        args.resume,
+    )  # fmt: skip
+    points = [point["state"] for point in state["points"]]
+    failed = sum(each != "ok" for each in points)
+    page = f"{places.root() / 'runs' / state['chapter'] / 'sweeps' / state['sweep']}/index.html"
+    print(
+        f"{state['chapter']}: {len(points) - failed} of {len(points)} points finished"
+        f"{f', {failed} failed' if failed else ''}; {os.path.relpath(page)}"
+    )
+    return 1 if failed else 0
 
 
 def _build(args) -> int:
@@ -101,6 +143,23 @@ def _check(args) -> int:
     from lib.book import check, places
 
     return check.report(places.root(), args.chapters, args.complete)
+
+
+def _workshop(args) -> int:
+    from pathlib import Path
+
+    from lib.book import places, workshop
+
+    out = Path(args.out).expanduser()
+    plans = workshop.make(places.root(), args.chapters, args.minutes, out)
+    for plan in plans:
+        done = len(plan.exercises) - len(plan.homework)
+        print(
+            f"{plan.chapter.slug}: {plan.minutes} minutes, {done} of {len(plan.exercises)}"
+            f" exercises, {len(plan.reading)} sections left for reading"
+        )
+    print(f"hand out {args.out}/student.zip, teach from {args.out}/instructor")
+    return 0
 
 
 def _new(args) -> int:

@@ -1,4 +1,4 @@
-"""`book compare A B`: two runs side by side, the claims that flipped first."""
+"""`book compare A B`: two runs or two sweeps side by side, the claims that flipped first."""
 
 from pathlib import Path
 
@@ -12,13 +12,38 @@ ABSENT = "–"
 def text(book: Path, a: str, b: str) -> str:
     """The comparison of two runs; each is a run's id, its folder, or a chapter's slug.
 
-    Raises BookError where one of them is none of these.
+    Or of two sweeps, each an id or a folder. Raises BookError where one of them is none of these.
     """
+    sweeps = [sweep_folder(book, name) for name in (a, b)]
+    if all(sweeps):
+        from lib.book import sweep_compare
+
+        return sweep_compare.text(book, *sweeps)
+    if any(sweeps):
+        load(book, b if sweeps[0] else a)  # where it is nothing at all, that is the error
+        raise BookError("compare two runs or two sweeps, not one of each")
     left, right = load(book, a), load(book, b)
     blocks = [_heading(left, right), _claims(left, right)]
     for title, name in (("parameters", "parameters"), ("versions", "versions")):
-        blocks.append(_differences(title, left[name], right[name]))
+        blocks.append(differences(title, left[name], right[name]))
     return "\n\n".join(block for block in blocks if block)
+
+
+def sweep_folder(book: Path, name: str) -> Path | None:
+    """The folder of the sweep `name` (its id, the beginning of its id, or its folder), or None."""
+    folder = Path(name).expanduser()
+    folder = folder.parent if folder.name == "sweep.json" else folder
+    if (folder / "sweep.json").is_file():
+        return folder.resolve()
+    known = {path.parent.name: path.parent for path in book.glob("runs/*/sweeps/*/sweep.json")}
+    matches = [each for each in known if each == name] or [
+        each for each in known if len(name) > 1 and each.startswith(name)
+    ]
+    if (book / "chapters" / f"{name}.ipynb").is_file():
+        return None  # a chapter named like the beginning of an id
+    if len(matches) > 1:
+        raise BookError(f"{name!r} begins {len(matches)} sweep ids, say more of it")
+    return known[matches[0]] if matches else None
 
 
 def load(book: Path, name: str) -> dict:
@@ -101,7 +126,8 @@ def _side(claim: dict | None) -> str:
     return f"{'held' if claim['holds'] else 'not held'}: {claim['ours']}"
 
 
-def _differences(title: str, left: dict, right: dict) -> str:
+def differences(title: str, left: dict, right: dict) -> str:
+    """The names whose values differ, as a table under `title`; a line where none does."""
     rows = [
         (name, str(left.get(name, ABSENT)), str(right.get(name, ABSENT)))
         for name in dict.fromkeys([*left, *right])

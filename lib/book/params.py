@@ -10,6 +10,7 @@ import math
 import re
 import tokenize
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import nbformat
 
@@ -196,8 +197,30 @@ def chosen_values(
         if name in seen:
             raise BookError(f"-p {name} is given twice")
         seen.add(name)
-        values[name] = _known(parameters, name).parse(text.strip())
+        parameter = _known(parameters, name)
+        free = parameter.type == "str" and not parameter.choices
+        values[name] = parameter.parse(text if free else text.strip())  # a space may be meant
+        if names_a_file(parameter):
+            values[name] = _at_home(name, values[name])
     return values
+
+
+def names_a_file(parameter: Parameter) -> bool:
+    """Whether values may be files or folders: `model_name`, or a name in `_file` or `_folder`."""
+    named = parameter.name == "model_name" or parameter.name.endswith(("_file", "_folder"))
+    return named and parameter.type == "str" and not parameter.choices
+
+
+def _at_home(name: str, value: str) -> str:
+    """A typed path as an absolute one: a chapter runs in another folder than its reader."""
+    if "/" not in value and not value.startswith(("~", ".")):
+        return value  # the name of a model
+    path = Path(value).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    if value.startswith((".", "/", "~")):
+        raise BookError(f"parameter {name}: no file or folder {value} in {Path.cwd()}")
+    return value  # a hub id
 
 
 def _known(parameters: dict[str, Parameter], name: str, prefix: str = "") -> Parameter:

@@ -35,12 +35,14 @@ def run(
     measure: bool = False,
     book: Path | None = None,
     quiet: bool = False,
+    folder: Path | None = None,
 ) -> Path:
     """Run a chapter in a fresh kernel; the folder of its record.
 
     typed: `name=value` strings, which beat the profile. store: write the outputs back
     into the chapter, for the default profile alone. measure: note the profile's seconds and
-    memory in the chapter. Raises BookError before any kernel starts for bad input, and RunFailed
+    memory in the chapter. folder: of the record, inside the book; by default a new one in `runs/`.
+    Raises BookError before any kernel starts for bad input, and RunFailed
     where the run fails or is interrupted; its record and partial notebook stay.
     """
     book = book or places.root()
@@ -74,7 +76,7 @@ def run(
         "machine": record.machine(),
         "claims": [],
     }
-    folder = new_folder(book, path.stem)
+    folder = folder or new_folder(book, path.stem)
     facts["id"] = folder.name
     places.write_json(folder / "run.json", facts)
     changed = {name: value for name, value in values.items() if value != parameters[name].default}
@@ -119,7 +121,7 @@ def _execute(engine, book, notebook, changed, folder, facts, quiet) -> nbformat.
     begun = time.monotonic()
     source = _prepared(notebook)
     try:
-        with _terminate_as_interrupt():
+        with terminate_as_interrupt():
             engine.execute_notebook(
                 source,
                 None,
@@ -144,7 +146,7 @@ def _execute(engine, book, notebook, changed, folder, facts, quiet) -> nbformat.
         facts["status"] = "failed"
         last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         failure.setdefault("error", last[0])
-    with _no_interrupt():
+    with no_interrupt():
         progress.end()
         facts["seconds"] = round(time.monotonic() - begun, 1)
         facts["peak_gib"] = round(peak.stop(), 2)
@@ -188,7 +190,7 @@ def _finished(output: Path, folder: Path, facts: dict) -> nbformat.NotebookNode 
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt():
+def terminate_as_interrupt():
     """SIGTERM ends a run as Ctrl-C does, with its record."""
 
     def stop(*ignored):
@@ -199,7 +201,7 @@ def _terminate_as_interrupt():
 
 
 @contextlib.contextmanager
-def _no_interrupt():
+def no_interrupt():
     """A second Ctrl-C waits for the record; it takes about a second."""
     with _handler(signal.SIGINT, signal.SIG_IGN), _handler(signal.SIGTERM, signal.SIG_IGN):
         yield
