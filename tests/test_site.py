@@ -148,6 +148,23 @@ def notebook(*claims, markdown="", alt="A figure of one pixel."):
     return made
 
 
+GLOSSARY = """# Notation
+
+```{glossary}
+latent
+  One entry of a dictionary.
+
+dictionary
+  A set of directions.
+```
+"""
+PROSE = """A `dictionary` of $dictionary$ and [dictionary](notation.md).
+
+## Dictionary
+
+Two dictionaries hold one latent each. A second latent."""
+
+
 class SmallBook:
     def __init__(self, folder):
         self.folder = folder
@@ -158,8 +175,12 @@ class SmallBook:
         for page in ("scoreboard.md", "bibliography.md"):
             shutil.copy(ROOT / "chapters" / page, folder / "chapters")
         self.page("intro.md", "# Intro\n")
+        self.page("notation.md", GLOSSARY)
+        for board in ("execution", "figures", "paths"):
+            self.page(f"{board}.md", f"# {board}\n\n```{{{board}}}\n```\n")
         (folder / "data/papers.bib").write_text(BIBTEX, encoding="utf-8")
-        names = ["patching", "scoreboard", "bibliography"]
+        names = ["patching", "scoreboard", "bibliography", "notation"]
+        names += ["execution", "figures", "paths"]
         toc = "".join(f"  - file: chapters/{name}\n" for name in names)
         toc = f"format: jb-book\nroot: chapters/intro\nchapters:\n{toc}"
         (folder / "_toc.yml").write_text(toc, encoding="utf-8")
@@ -211,6 +232,33 @@ def test_a_good_book_builds_and_says_where(small, capsys):
     assert cells == ["n", "int", "3", "1–9 prompts", "how many"]
     assert (small.number("claims"), small.number("held")) == (2, 1)
     assert small.soup("intro").select_one(".map-written a")["href"] == "patching.html"
+
+
+def test_terms_figures_runs_and_paths_are_made_from_the_chapters(small):
+    small.chapter(notebook(claim(says="a latent"), markdown=PROSE))
+    assert build.build(small.folder) == 0
+    terms = small.soup("patching").select("a.term")
+    assert [term.text for term in terms] == ["dictionaries", "latent"]
+    assert terms[0]["href"] == "notation.html#term-dictionary"
+    assert terms[0]["title"] == "A set of directions."
+    assert "one latent each" in terms[1].parent.text
+
+    figure = small.soup("figures").select_one("ol.figures li")
+    assert figure.a["href"] == "patching.html#figure-1" and figure.a.text == "One"
+    assert figure.p.text == "A figure of one pixel."
+    assert (small.folder / "_build/html/chapters" / figure.img["src"]).is_file()
+    assert small.soup("patching").select_one("img#figure-1")
+    row = [cell.text for cell in small.soup("execution").select("tbody tr > *")]
+    assert row[:3] == ["Patching", "✓ fresh", "2026-01-02"]
+    paths = small.soup("paths")
+    assert {a["href"] for a in paths.select(".path li a")} == {"patching.html"}
+    assert small.soup("patching").select_one(".path-nav")["hidden"] == ""
+    assert not small.soup("scoreboard").select(".path-nav")
+
+    # the chapter itself does not change, yet its links follow the glossary
+    small.page("notation.md", GLOSSARY.replace("dictionary\n  A set", "basis\n  A set"))
+    assert build.build(small.folder) == 0
+    assert [term.text for term in small.soup("patching").select("a.term")] == ["latent"]
 
 
 def test_the_scoreboard_follows_a_chapter_that_alone_has_changed(small):
@@ -386,6 +434,58 @@ def test_the_scoreboard_equals_a_recount_of_the_notebooks(pages):
         assert page.select_one(f"#board-{paper} a.paper-section"), f"no section link for {paper}"
 
 
+def notebooks(pages):
+    """Slug → page, of the chapters."""
+    found = {path.stem for path in build.toc_pages(ROOT) if path.suffix == ".ipynb"}
+    return {slug: pages[f"chapters/{slug}.html"] for slug in sorted(found)}
+
+
+def test_the_index_of_figures_has_every_figure_of_every_chapter(pages):
+    index = pages["chapters/figures.html"]
+    for slug, page in notebooks(pages).items():
+        shown = [
+            i.get("alt") for i in page.select("article img") if not i.find_parent(class_="explore")
+        ]
+        panels = page.select("article .explore")
+        drawn = [svg for svg in page.select("article svg") if not svg.find_parent(class_="explore")]
+        links = [a for a in index.select("li a") if a["href"].startswith(f"{slug}.html#")]
+        assert len(links) == len(shown) + len(panels) + len(drawn), slug
+        words = {a.parent.p.text for a in links}
+        assert set(shown) <= words and "" not in words, slug
+        assert {a["href"].partition("#")[2] for a in links} >= {panel["id"] for panel in panels}
+
+
+def test_the_execution_report_says_what_the_notebooks_say(pages):
+    report = pages["chapters/execution.html"]
+    rows = {
+        row.a["href"]: [cell.text for cell in row.select("td")]
+        for row in report.select("tr:has(a)")
+    }
+    assert set(rows) == {f"{slug}.html" for slug in notebooks(pages)}
+    versions = report.select_one(".execution-report").text.replace("\xa0", " ")
+    for slug in notebooks(pages):
+        facts = places.read_notebook(places.chapter_path(ROOT, slug)).metadata["book"]
+        state, date, *costs = rows[f"{slug}.html"]
+        assert (state, date) == ("✓ fresh", facts["last_run"]["date"])
+        for cost, name in zip(costs, ("smoke", "default", "full"), strict=True):
+            run = facts["measured"].get(name)
+            wanted = f"{run['seconds']:.0f} s, {run['peak_gib']:.1f} GiB" if run else "not measured"
+            assert cost == wanted, (slug, name)
+        for name, number in facts["last_run"]["versions"].items():
+            assert f"{name} {number}" in versions, slug
+
+
+def test_chapters_link_each_term_once_and_in_prose_only(pages):
+    for slug, page in notebooks(pages).items():
+        terms = page.select("a.term")
+        assert len(terms) >= 3, f"{slug} links to no glossary"
+        anchors = [term["href"] for term in terms]
+        assert len(set(anchors)) == len(anchors), slug
+        for term in terms:
+            assert term["title"] and term.find_parent("p"), (slug, term)
+            assert not term.find_parent(["h1", "h2", "h3", "pre", "code", "table", "math", "a"])
+
+
 def test_every_paper_is_in_the_bibliography_once(pages):
     papers = site_data.papers(ROOT / site_data.BIB)
     assert len(pages["chapters/bibliography.html"].select(".citation")) == len(papers)
@@ -548,23 +648,41 @@ arguments[0].dispatchEvent(new Event("input", {bubbles: true}));
 """
 
 
-def test_panels_change_their_picture_without_a_kernel(browser, address, pages):
+def test_panels_answer_to_mouse_and_keyboard_without_a_kernel(browser, address, pages):
+    from selenium.webdriver.common.keys import Keys
+
     with_panel = [name for name, page in pages.items() if page.select(".explore")]
     if not with_panel:
         pytest.skip("no page has a panel yet")
     for name in with_panel:
+        browser.get_log("browser")
         open_page(browser, address, name)
         for panel in browser.find_elements("css selector", ".explore"):
+            controls = panel.find_elements("css selector", "input, select")
             before = browser.execute_script(SCREEN, panel)
-            for control in panel.find_elements("css selector", "input, select"):
+            for control in controls:
                 browser.execute_script(OTHER, control)
             after = browser.execute_script(SCREEN, panel)
             assert before and after and before != after, f"{name}: the panel does not move"
+            for control in controls:
+                assert control.accessible_name, f"{name}: a control without a name"
+                value = control.get_attribute("value")
+                for key in (Keys.HOME, Keys.END):  # one of the two moves it
+                    control.send_keys(key)
+                    moved = control.get_attribute("value") != value
+                    if moved:
+                        break
+                assert moved, f"{name}: {control.accessible_name} does not hear the keyboard"
+                spoken = control.get_attribute("aria-valuetext")
+                assert spoken and spoken in panel.text, f"{name}: {control.accessible_name}"
+                assert browser.execute_script(SCREEN, panel), name
         empty = browser.execute_script(
             "return [...document.querySelectorAll('.explore img')]"
             ".filter(i => !i.alt || !i.naturalWidth).length"
         )
         assert not empty, name
+        errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+        assert not errors, name
 
 
 SCREEN = "return arguments[0].querySelector('.explore-screen').innerHTML"
@@ -638,3 +756,95 @@ def test_what_has_the_keyboard_is_outlined(browser, address):
             "return [html, s.outlineStyle, s.outlineWidth]"
         )
         assert outline[1] == "solid" and float(outline[2].removesuffix("px")) >= 2, outline[0]
+
+
+def kinds_of_pages(pages):
+    """A page of each kind: the shortest chapter with a panel, one page for each set of directives,
+    and two that Sphinx makes."""
+    panels = [name for name in names_of(pages) if pages[name].select(".explore")]
+    kinds = {}
+    for path in build.toc_pages(ROOT):
+        if path.suffix == ".md":
+            directives = frozenset(re.findall(r"(?m)^```\{.*?\}", path.read_text(encoding="utf-8")))
+            kinds.setdefault(directives, f"chapters/{path.stem}.html")
+    sizes = {(ROOT / name).with_suffix(".ipynb").stat().st_size: name for name in panels}
+    shortest = [sizes[min(sizes)]] if sizes else []
+    return [*shortest, *kinds.values(), "search.html?q=residual", "genindex.html"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_axe_finds_nothing_against_wcag_a_and_aa(browser, address, pages, size):
+    axe = (ROOT / "tests/axe/axe.min.js").read_text(encoding="utf-8")
+    browser.set_script_timeout(120)
+    wrong = []
+    for name in kinds_of_pages(pages):
+        open_page(browser, address, name, size)
+        browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+        browser.execute_script(axe)
+        for mode in ("light", "dark"):
+            found = browser.execute_async_script(AXE, mode)
+            wrong += [f"{name}, {mode}: {one}" for one in found]
+    assert not wrong, "\n".join(wrong)
+
+
+# Wide boxes become reachable for the keyboard a moment after a fold opens or the width changes.
+AXE = """
+const [mode, done] = arguments, root = document.documentElement;
+root.dataset.theme = root.dataset.mode = mode;
+const tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"];
+// the other mode changes nothing but colours
+const runOnly = mode === "light" ? {type: "tag", values: tags}
+  : {type: "rule", values: ["color-contrast", "link-in-text-block"]};
+const options = {runOnly, resultTypes: ["violations"], preload: false};
+const line = (rule) => `${rule.id} ${rule.nodes.length}x: ${rule.nodes[0].html.slice(0, 200)}`;
+dispatchEvent(new Event("resize"));
+const wait = mode === "light" ? 400 : 0;
+setTimeout(() => axe.run(document, options).then((r) => done(r.violations.map(line))), wait);
+"""
+
+
+@pytest.mark.parametrize("place", ["served", "as a file"])
+def test_search_finds_a_chapter_with_no_server_behind_it(browser, address, site, place):
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    root = address if place == "served" else site.resolve().as_uri()
+    browser.get(f"{root}/search.html?q=induction+head")
+    done = "return document.querySelector('#search-summary, .search-summary')?.innerText || ''"
+    WebDriverWait(browser, 20).until(lambda _: "found" in browser.execute_script(done))
+    links = "return [...document.querySelectorAll('#search-results li a')].map(a => a.href)"
+    found = browser.execute_script(links)
+    assert any("/chapters/patching.html" in link for link in found), found
+    browser.get(next(link for link in found if "/chapters/patching.html" in link))
+    assert "patching" in browser.title.lower()
+
+
+def test_a_reader_follows_a_path_and_returns_to_the_order_of_the_book(browser, address):
+    from selenium.webdriver.support.select import Select
+
+    order = "return document.querySelector('.prev-next-footer').checkVisibility()"
+    open_page(browser, address, "chapters/sinks.html")
+    browser.execute_script("localStorage.removeItem('book-path')")
+    open_page(browser, address, "chapters/sinks.html")
+    assert browser.execute_script(order) and not path_links(browser)
+    Select(browser.find_element("id", "path-choice")).select_by_value("economy")
+    assert not browser.execute_script(order)
+    [before, *_] = path_links(browser)
+    assert before.get_attribute("href").endswith("kernels.html")
+    before.click()
+    assert browser.current_url.endswith("kernels.html")
+    names = [link.get_attribute("href").rpartition("/")[2] for link in path_links(browser)]
+    assert names == ["hooks.html", "sinks.html"] and not browser.execute_script(order)
+    open_page(browser, address, "chapters/patching.html")  # not on this path
+    assert browser.execute_script(order) and not path_links(browser)
+    open_page(browser, address, "chapters/paths.html")
+    pressed = browser.find_element("css selector", ".path-pick[aria-pressed=true]")
+    assert pressed.text == "You follow this path"
+    pressed.click()
+    assert not browser.find_elements("css selector", ".path-pick[aria-pressed=true]")
+    open_page(browser, address, "chapters/kernels.html")
+    assert browser.execute_script(order) and not path_links(browser)
+
+
+def path_links(browser):
+    links = browser.find_elements("css selector", ".path-links:not([hidden]) a[rel]")
+    return [link for link in links if link.is_displayed()]

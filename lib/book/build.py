@@ -1,4 +1,4 @@
-"""`book build`: the whole book as HTML, from outputs that are not stale, with no warning."""
+"""`book build`: the book as HTML, and as PDF, from outputs that are not stale, with no warning."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from lib.book import places, stale
+from lib.book import pdf, places, stale
 from lib.errors import BookError
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -21,16 +21,22 @@ NOISE = re.compile(r"^(Traceback|  File |    |RuntimeError|=+$|\s*$|During handl
 
 
 def main(args) -> int:
-    """The command; `args` has `execute` and may have `out`."""
-    return build(places.root(), args.execute, getattr(args, "out", None))
+    """The command; `args` has `execute` and may have `out` and `pdf`."""
+    wants_pdf = getattr(args, "pdf", False)
+    return build(places.root(), args.execute, getattr(args, "out", None), wants_pdf)
 
 
-def build(book: Path, execute: bool = False, out: str | Path | None = None) -> int:
+def build(
+    book: Path, execute: bool = False, out: str | Path | None = None, wants_pdf: bool = False
+) -> int:
     """Build the book in `book` into `_build/html` and print where it is; 0 where all went well.
 
     execute: rerun stale chapters and store their outputs first; without it they are refused.
     out: the folder to build into instead of `_build`; the pages are in its folder `html`.
+    wants_pdf: also print the pages into `book.pdf` in that folder, with Chromium.
     """
+    if wants_pdf:
+        pdf.chromium()  # before anything is built
     pages = toc_pages(book)
     old = stale_chapters(book, pages)
     if old and not execute:
@@ -44,6 +50,9 @@ def build(book: Path, execute: bool = False, out: str | Path | None = None) -> i
     print("book: building the pages", flush=True)
     with alone(folder):
         problems = run_sphinx(book, folder)
+        if wants_pdf and not problems:
+            print("book: printing the PDF", flush=True)
+            print(f"The PDF is at {pdf.make(book, folder)}")
     if problems:
         for line in problems:
             print(f"book: {line}", file=sys.stderr)
@@ -59,16 +68,17 @@ def toc_pages(book: Path) -> list[Path]:
         toc = yaml.safe_load((book / "_toc.yml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise BookError(f"cannot read _toc.yml: {str(error).splitlines()[0]}") from None
-    return [_page(book, name) for name in _names(toc)]
+    return [_page(book, name) for name in toc_names(toc)]
 
 
-def _names(node) -> list[str]:
+def toc_names(node) -> list[str]:
+    """The names of pages in `_toc.yml`, or in a part of it, in order."""
     if isinstance(node, list):
-        return [name for child in node for name in _names(child)]
+        return [name for child in node for name in toc_names(child)]
     if not isinstance(node, dict):
         return []
     own = [node[key] for key in ("root", "file") if isinstance(node.get(key), str)]
-    return own + [name for child in node.values() for name in _names(child)]
+    return own + [name for child in node.values() for name in toc_names(child)]
 
 
 def _page(book: Path, name: str) -> Path:

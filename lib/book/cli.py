@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
     build = commands.add_parser("build", help="build the pages; a warning is an error")
     build.add_argument("--execute", action="store_true", help="rerun and store stale chapters")
+    build.add_argument("--pdf", action="store_true", help="also print the book as one PDF")
     build.add_argument("--out", metavar="FOLDER", help="build into FOLDER instead of _build")
     build.set_defaults(call=_build)
 

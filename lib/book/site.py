@@ -1,7 +1,8 @@
 """The Sphinx extension of the book: chapter cards, parameter tables, the scoreboard.
 
 Named in `_config.yml`; `book build` runs it. Directives: `chapter-card`, `parameters-table`,
-`scoreboard`, `families`. Whatever they cannot show is a warning, and warnings fail the build.
+`scoreboard`, `families`, `execution`, `figures`, `paths`. Whatever they cannot show is a warning,
+and warnings fail the build.
 """
 
 import hashlib
@@ -13,11 +14,24 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
+from sphinx.util.osutil import relative_uri
 from sphinxcontrib.bibtex import plugin
 from sphinxcontrib.bibtex.style.referencing import BracketStyle
 from sphinxcontrib.bibtex.style.referencing.author_year import AuthorYearReferenceStyle
 
-from lib.book import site_data, site_math, site_outputs, site_scoreboard
+from lib.book import (
+    places,
+    site_access,
+    site_data,
+    site_execution,
+    site_figures,
+    site_math,
+    site_outputs,
+    site_paths,
+    site_scoreboard,
+    site_terms,
+    stale,
+)
 from lib.book.site_outputs import Board
 from lib.errors import BookError
 
@@ -144,12 +158,12 @@ def _claims(claims: list[dict]) -> str:
     return f"{held} of {len(claims)} held; see the {{doc}}`scoreboard`"
 
 
-class Scoreboard(SphinxDirective):
-    """The scoreboard; filled in `fill_boards`."""
+class BoardDirective(SphinxDirective):
+    """What is made from all chapters, the scoreboard first; filled in `fill_boards`."""
 
     def run(self) -> list[nodes.Node]:
         """The node that stands for it."""
-        self.env.metadata[self.env.docname]["book_board"] = True
+        self.env.metadata[self.env.docname]["book_board"] = self.name
         return [Board(kind=self.name)]
 
 
@@ -160,8 +174,19 @@ def written_chapters(app: Sphinx) -> list[site_data.Chapter]:
     return [site_data.chapter(Path(app.env.doc2path(name))) for name in found]
 
 
+def notebooks(app: Sphinx) -> list[str]:
+    """The names of all pages that are notebooks, in the order of the contents."""
+    found, todo = [], [app.config.root_doc]
+    while todo:
+        name = todo.pop(0)
+        if app.env.doc2path(name).endswith(".ipynb"):
+            found.append(name)
+        todo = app.env.toctree_includes.get(name, []) + todo
+    return found
+
+
 def fill_boards(app: Sphinx, doctree: nodes.document, docname: str) -> None:
-    """Put the scoreboard, the map of families or a chapter's claims where their nodes stand."""
+    """Put the scoreboard, another board or a chapter's claims where their nodes stand."""
     boards = list(doctree.findall(Board))
     if not boards:
         return
@@ -181,6 +206,18 @@ def _board_html(app: Sphinx, board: Board, papers: list[site_data.Paper], links:
         site_data.check_claims(board["claims"], papers, links.docname)
         by_key = {paper.key: paper for paper in papers}
         return site_scoreboard.held_up_html(board["claims"], by_key, links.section)
+    if board["kind"] == "execution":
+        return site_execution.execution_html(
+            [_execution_row(app, n, links) for n in notebooks(app)]
+        )
+    if board["kind"] == "figures":
+        shown = [
+            (links.title(name), links.address(name), app.env.metadata[name]["book_figures"])
+            for name in notebooks(app)
+        ]
+        return site_figures.figures_html(shown, links.image)
+    if board["kind"] == "paths":
+        return site_paths.paths_html(links.page, lambda slug: links.title(f"chapters/{slug}"))
     chapters = written_chapters(app)
     for one in chapters:
         site_data.check_claims(one.claims, papers, f"chapters/{one.slug}.ipynb")
@@ -189,6 +226,14 @@ def _board_html(app: Sphinx, board: Board, papers: list[site_data.Paper], links:
     return site_scoreboard.scoreboard_html(
         papers, chapters, links.section, links.citation, links.page
     )
+
+
+def _execution_row(app: Sphinx, name: str, links: "Links") -> site_execution.Row:
+    path = Path(app.env.doc2path(name))
+    notebook = places.read_notebook(path)
+    why = stale.reasons(Path(app.srcdir), path.stem, notebook)
+    facts = notebook.metadata.get("book", {})
+    return site_execution.Row(links.title(name), links.address(name), facts, why)
 
 
 class Links:
@@ -205,7 +250,22 @@ class Links:
         name = f"chapters/{slug}"
         if name not in self.app.env.found_docs:
             return None
+        return self.address(name)
+
+    def address(self, name: str) -> str:
+        """The page `name`, `chapters/<slug>`."""
         return self.app.builder.get_relative_uri(self.docname, name)
+
+    def title(self, name: str) -> str:
+        """The title of a page, without its marks."""
+        return self.app.env.titles[name].astext()
+
+    def image(self, uri: str) -> str:
+        """An image of another page, by its path in the book; `data:` addresses stay."""
+        if uri not in self.app.env.images:
+            return uri
+        folder = relative_uri(self.app.builder.get_target_uri(self.docname), "_images")
+        return f"{folder}/{self.app.env.images[uri][1]}"
 
     def section(self, key: str) -> str | None:
         """The section labelled `paper-<key>`."""
@@ -223,7 +283,7 @@ class Links:
 
 def add_script(app: Sphinx, pagename: str, template: str, context: dict, doctree) -> None:
     """The scoreboard's filter, on its page only."""
-    if app.env.metadata.get(pagename, {}).get("book_board"):
+    if app.env.metadata.get(pagename, {}).get("book_board") == "scoreboard":
         app.add_js_file("scoreboard.js", loading_method="defer")
 
 
@@ -235,13 +295,27 @@ def _digest(paths) -> str:
 
 
 def outdated_boards(app: Sphinx, env, added: set, changed: set, removed: set) -> list[str]:
-    """Pages with a scoreboard, whenever any notebook or the bibliography changed."""
+    """Pages with a board, whenever any notebook or the bibliography changed.
+
+    The execution report is made anew each time: what makes outputs stale is anywhere in the book.
+    """
     book = Path(app.srcdir)
     now = _digest([*(book / "chapters").glob("*.ipynb"), book / site_data.BIB])
+    boards = {name: about.get("book_board") for name, about in env.metadata.items()}
     if getattr(env, "book_inputs", None) == now:
-        return []
+        return [name for name, kind in boards.items() if kind == "execution"]
     env.book_inputs = now
-    return [name for name, about in env.metadata.items() if about.get("book_board")]
+    return [name for name, kind in boards.items() if kind]
+
+
+def outdated_links(app: Sphinx, env) -> list[str]:
+    """All chapters, whenever the glossary or the chapters on the learning paths changed."""
+    titles = {name: env.titles[name].astext() for name in notebooks(app) if name in env.titles}
+    now = [site_terms.terms(app), titles]
+    if getattr(env, "book_links", None) == now:
+        return []
+    env.book_links = now
+    return list(titles)
 
 
 def setup(app: Sphinx) -> dict:
@@ -250,13 +324,15 @@ def setup(app: Sphinx) -> dict:
         "sphinxcontrib.bibtex.style.referencing", "book", BookReferences, force=True
     )
     site_math.setup(app)
-    site_outputs.setup(app)
+    for part in (site_outputs, site_figures, site_terms, site_paths, site_access):
+        part.setup(app)
     app.add_node(Board)
     app.add_directive("chapter-card", ChapterCard)
     app.add_directive("parameters-table", ParametersTable)
-    app.add_directive("scoreboard", Scoreboard)
-    app.add_directive("families", Scoreboard)
+    for board in ("scoreboard", "families", "execution", "figures", "paths"):
+        app.add_directive(board, BoardDirective)
     app.connect("env-get-outdated", outdated_boards)
+    app.connect("env-updated", outdated_links)
     app.connect("doctree-resolved", fill_boards)
     app.connect("html-page-context", add_script)
     # a change to the pages' code, style or settings reads every page again: Sphinx would not

@@ -47,6 +47,42 @@ FAMILIES = {
 
 
 @dataclass(frozen=True)
+class LearningPath:
+    """An order in which to read some chapters, by slug: of families, or written like `hooks`."""
+
+    title: str
+    about: str
+    chapters: tuple[str, ...]
+
+
+# Three ways through the families. Each chapter comes after those that it builds on.
+PATHS = {
+    "understand": LearningPath(
+        "Inside a language model",
+        "What a model computes and where: find it by patching, name it with a dictionary, change "
+        "it by steering, and ask whether you can tell what a model knows.",
+        ("hooks", "patching", "attention", "sinks", "dictionaries", "feature_geometry", "steering",
+         "codes", "hallucination", "safety", "unlearning", "brains"),
+    ),
+    "economy": LearningPath(
+        "Small and fast",
+        "What most activations are not needed for: fewer of them, fewer bits each, cheaper "
+        "arithmetic, and less memory in training and in use.",
+        ("hooks", "kernels", "sinks", "sparsity", "activation_functions", "normalization",
+         "quantization", "multiplication_free", "long_context", "activation_memory", "experts",
+         "merging"),
+    ),
+    "learn": LearningPath(
+        "Learning, images and the world",
+        "What representations learn and how they travel: to other data, to other tasks, into "
+        "pictures and sound.",
+        ("hooks", "patching", "contrastive", "robustness", "shift", "test_time", "continual",
+         "attention_control", "personalization", "generative_vision", "audio_robots"),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Paper:
     """One entry of the bibliography. `authors` are last names; `url` may be empty."""
 

@@ -62,7 +62,8 @@ def quantize(x: Tensor, bits: int, group: int, per: str) -> Packed:
     along = 2 if per == "channel" else -1
     levels = 2**bits - 1
     low = grouped.amin(along, keepdim=True).half()
-    scale = ((grouped.amax(along, keepdim=True) - low.float()) / levels).half()
+    span = grouped.amax(along, keepdim=True) - low.float()
+    scale = (span.clamp(min=0) / levels).half()  # `low`, rounded up, may pass the largest value
     codes = dispatch(x, reference=_reference_pack, triton=_triton_pack)(
         x, scale.float(), low.float(), bits, group, per
     )
