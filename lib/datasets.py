@@ -83,6 +83,32 @@ def moby_dick() -> str:
     return (DATA / "moby_dick.txt").read_text(encoding="utf-8")
 
 
+def text(source: str = "moby_dick", characters: int = 0, start: int = 0) -> str:
+    """Prose to read: Moby Dick from character ``start`` on, or a text of the reader's own.
+
+    Args:
+        source: ``"moby_dick"``, or the path of a UTF-8 file, which is taken whole.
+        characters: how many are needed at least.
+
+    Raises:
+        BookError: no such file; not UTF-8; too short.
+    """
+    if source == "moby_dick":
+        return moby_dick()[start:]
+    try:
+        found = Path(source).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = "is not UTF-8" if isinstance(error, UnicodeError) else "cannot be read"
+        raise BookError(
+            f"text {source!r} {why}; give moby_dick or the path of a UTF-8 text file"
+        ) from None
+    if len(found) < characters:
+        raise BookError(
+            f"text {source!r} has {len(found):,} characters; this setting needs {characters:,}"
+        )
+    return found
+
+
 def photos() -> dict[str, np.ndarray]:
     """Real photographs that come inside scikit-image and scikit-learn: uint8 [height, width, 3]."""
     from skimage import data

@@ -49,7 +49,9 @@ def test_same_seed_same_dictionary(made):
 
 
 @pytest.mark.parametrize(
-    "choice", [D.topk(3), D.mutual(3), D.by_latent(torch.full((32,), 3 / 32))], ids=str
+    "choice",
+    [D.topk(3), D.mutual(3), D.by_latent(torch.full((32,), 3 / 32))],
+    ids=["topk", "mutual", "by_latent"],
 )
 def test_encode_and_decode_are_the_dense_formula(made, trained, choice):
     sae, x = trained[0], made[1][:96]

@@ -216,6 +216,21 @@ def test_ioi_prompts_differ_in_one_token_of_equal_length():
         datasets.ioi(0)
 
 
+def test_a_text_of_the_readers_own_takes_the_place_of_moby_dick(tmp_path):
+    whole = datasets.moby_dick()
+    assert datasets.text() == whole and datasets.text(start=30_000) == whole[30_000:]
+    mine = tmp_path / "mine.txt"
+    mine.write_text("Ein Käfer.", encoding="utf-8")
+    assert datasets.text(str(mine), 10, start=5) == "Ein Käfer."
+    with pytest.raises(BookError, match="has 10 characters; this setting needs 1,000"):
+        datasets.text(str(mine), 1000)
+    with pytest.raises(BookError, match="cannot be read; give moby_dick or the path"):
+        datasets.text(str(tmp_path / "none.txt"))
+    mine.write_bytes("Käfer".encode("latin-1"))
+    with pytest.raises(BookError, match="is not UTF-8"):
+        datasets.text(str(mine))
+
+
 def test_images_and_text_are_what_they_say():
     for images in (datasets.mnist(), datasets.fashion_mnist()):
         assert images["x_train"].shape == (10_000, 28, 28) and images["x_train"].dtype == np.uint8
