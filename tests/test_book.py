@@ -55,6 +55,7 @@ FILES = {
     "data/unnamed.txt": "5\n",
     "data/archive.npz": "6\n",
     "data/else/named.bin": "6\n",
+    "data/else/named.txt": "7\n",
 }
 PARAMETERS = """\
 n: int = 4  # 1–10 prompts; how many
@@ -477,6 +478,7 @@ def test_fresh_after_storing(ran):
         ("data/archive.npz", lambda text: text * 2, ["data/archive.npz"]),
         ("data/unnamed.txt", lambda text: text * 2, []),
         ("data/else/named.bin", lambda text: text * 2, []),
+        ("data/else/named.txt", lambda text: text * 2, []),  # another file of the name that is read
         ("data/papers.bib", lambda text: text.replace("Works", "Runs"), []),
         ("requirements.lock", lambda text: text + "torch==2\n", ["lock"]),
     ],

@@ -351,8 +351,11 @@ def test_every_page_of_the_contents_is_there(site, pages):
         path.relative_to(ROOT).with_suffix(".html").as_posix() for path in build.toc_pages(ROOT)
     }
     assert wanted <= set(pages)
-    target = re.search(r"url=([^\"]+)", (site / "index.html").read_text())
+    front = (site / "index.html").read_text(encoding="utf-8")
+    target = re.search(r"url=([^\"]+)", front)
     assert target and (site / target[1]).is_file()
+    icon = re.search(r'rel="icon" href="([^"]+)"', front)
+    assert icon and (site / icon[1]).is_file()
 
 
 def test_no_internal_link_is_broken(site, pages):

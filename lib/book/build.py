@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from html import escape
 from pathlib import Path
 
 import yaml
@@ -18,6 +19,18 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m")
 CELL = re.compile(r"\.ipynb:(\d{5,}):")
 # What Sphinx and Jupyter Book print around the one line that matters.
 NOISE = re.compile(r"^(Traceback|  File |    |RuntimeError|=+$|\s*$|During handling|The above)")
+# What the bare address shows: Jupyter Book's own has neither language, title nor icon.
+FRONT = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{title}</title>
+<link rel="icon" href="_static/favicon.svg">
+<meta http-equiv="refresh" content="0; url={first}">
+</head>
+<body><a href="{first}">{title}</a></body>
+</html>
+"""
 
 
 def main(args) -> int:
@@ -141,6 +154,10 @@ def run_sphinx(book: Path, folder: Path) -> list[str]:
         env=_environment(book),
     )
     if done.returncode == 0:
+        first = toc_pages(book)[0].relative_to(book).with_suffix(".html").as_posix()
+        title = yaml.safe_load((book / "_config.yml").read_text(encoding="utf-8"))["title"]
+        front = FRONT.format(title=escape(title), first=first)
+        (folder / "html" / "index.html").write_text(front, encoding="utf-8")
         good.touch()
         return []
     shutil.rmtree(memory, ignore_errors=True)

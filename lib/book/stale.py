@@ -50,16 +50,24 @@ def parts(book: Path, slug: str, notebook: nbformat.NotebookNode) -> dict[str, s
     """Name → first 12 hex digits of the sha256 of everything that a chapter's outputs rest on."""
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     found = {"code": _short("\0".join(cells).encode())}
-    own = [path for path in data_files(book, slug, "") if path.suffix == ".py"]
-    modules = closure(book, cells + [path.read_text(encoding="utf-8") for path in own])
-    texts = [without_comments(path.read_text(encoding="utf-8")) for path in modules]
-    for path, text in zip(modules, texts, strict=True):
+    modules, data = rests_on(book, slug, cells)
+    for path in modules:
+        text = without_comments(path.read_text(encoding="utf-8"))
         found[path.relative_to(book).as_posix()] = _short(text.encode())
-    for path in data_files(book, slug, "\n".join(cells + texts)):
+    for path in data:
         found[path.relative_to(book).as_posix()] = _short(_normal(path))
     if (book / LOCK).is_file():
         found["lock"] = _short(_normal(book / LOCK))
     return found
+
+
+def rests_on(book: Path, slug: str, cells: list[str]) -> tuple[list[Path], list[Path]]:
+    """Modules of `lib` and data files that a chapter's code and its own makers need."""
+    own = [path for path in data_files(book, slug, "") if path.suffix == ".py"]
+    sources = cells + [path.read_text(encoding="utf-8") for path in own]
+    modules = closure(book, sources)
+    sources += [without_comments(path.read_text(encoding="utf-8")) for path in modules]
+    return modules, data_files(book, slug, "\n".join(sources))
 
 
 def _short(content: bytes) -> str:
@@ -149,9 +157,9 @@ def without_comments(source: str) -> str:
 def data_files(book: Path, slug: str, sources: str) -> list[Path]:
     """Files under `data/` that a chapter rests on.
 
-    Those in `data/<slug>/`, and every file whose name, or whose folder's name, the sources
-    mention; of files outside folders the name without its ending is enough. Makers (`make_*.py`)
-    count: `full` retrains through them.
+    Those in `data/<slug>/`; the whole of another folder that the sources name in a path; and
+    files outside folders that they name, with or without the ending. Makers (`make_*.py`) count:
+    `full` retrains through them.
     """
     folder = book / "data"
     own = slug.replace("-", "_")
@@ -161,9 +169,13 @@ def data_files(book: Path, slug: str, sources: str) -> list[Path]:
         hidden = any(part.startswith((".", "__pycache__")) for part in parts)
         if not path.is_file() or hidden or path.suffix in (".md", ".bib"):
             continue
-        mine = parts[0] in (slug, own) and len(parts) > 1
-        room = len(parts) > 1 and re.search(rf"[\"'/]{re.escape(parts[0])}[\"'/]", sources)
-        stem = len(parts) == 1 and re.search(rf"[\"']{re.escape(path.stem)}[\"']", sources)
-        if mine or path.name in sources or room or stem:
+        if len(parts) == 1:
+            stem = re.search(rf"[\"']{re.escape(path.stem)}[\"']", sources)
+            wanted = path.name in sources or stem
+        else:
+            name = re.escape(parts[0])
+            room = re.search(rf"/ ?[\"']?{name}[\"'/]|[\"']{name}/", sources)
+            wanted = parts[0] in (slug, own) or room
+        if wanted:
             found.append(path)
     return found

@@ -43,11 +43,7 @@ def _data(chapters: list[Chapter]) -> list[Path]:
     found: set[Path] = set()
     for chapter in chapters:
         cells = [cell.source for _, cell in chapter.code()]
-        texts = [
-            stale.without_comments(path.read_text(encoding="utf-8"))
-            for path in stale.closure(chapter.book, cells)
-        ]
-        found |= set(stale.data_files(chapter.book, chapter.slug, "\n".join(cells + texts)))
+        found |= set(stale.rests_on(chapter.book, chapter.slug, cells)[1])
     return sorted(found)
 
 
