@@ -237,8 +237,9 @@ def run(model, fast, tokenizer, task: str, seed: int, work: Path) -> None:
         return lambda k: lambda: transport(fast, *found, k)
 
     ways = (0.25, 0.5, 1.0)
-    # On civility the rivals' curves bend sharply below 0.25: measure one strength more there.
-    near = ways if task == "sentiment" else (0.2, *ways)
+    # The rivals are compared at what LinEAS spends, where their curves bend: measure them near it,
+    # since a straight line between two strengths would put them too low.
+    near = (0.2, 0.35, *ways)
     plan = [("mean difference", vectors(difference), near),
             ("ITI-c", vectors(classified), tuple(2 * k for k in near)),
             ("random", vectors(drawn), ways),
