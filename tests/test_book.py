@@ -1,5 +1,6 @@
 """The `book` command, on a throw-away book in a temporary folder."""
 
+import ast
 import json
 import os
 import re
@@ -9,12 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from lib.book import check, cli, nbval_claims, params, places, record, runs, stale
+from lib.book import check, check_code, cli, nbval_claims, params, places, record, runs, stale
 from lib.errors import BookError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -693,6 +695,15 @@ def test_check_finds_a_stale_and_an_unlisted_chapter(book, capsys):
     said = capsys.readouterr().out
     assert "add `- file: chapters/toy` to _toc.yml" in said and "stale (lock)" in said
     assert said.endswith("1 chapter: 2 findings\n")
+
+
+SCRIPTS = sorted(Path(__file__).parents[1].glob("data/*/*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_what_makes_the_data_fetches_nothing_and_pickles_nothing(path):
+    code = SimpleNamespace(trees={0: ast.parse(path.read_text())})
+    assert [*check_code.network(code), *check_code.pickles(code)] == []
 
 
 # --- new chapters ---------------------------------------------------------------------------------

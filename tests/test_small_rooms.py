@@ -1,4 +1,4 @@
-"""The small rooms of lib: claims, metrics, plots, widgets, datasets."""
+"""The small rooms of lib: claims, metrics, plots, widgets, datasets, checkpoint."""
 
 import base64
 import json
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib import claims, datasets, metrics, plots, widgets
+from lib import checkpoint, claims, datasets, metrics, plots, widgets
 from lib.errors import BookError
 
 KEY = "makelov2023subspace"
@@ -237,3 +237,45 @@ def test_images_and_text_are_what_they_say():
         assert images["x_test"].shape == (2_000, 28, 28) and set(images["y_test"]) == set(range(10))
     assert "Call me Ishmael." in datasets.moby_dick()
     assert all(p.dtype == np.uint8 and p.shape[2] == 3 for p in datasets.photos().values())
+
+
+# --- checkpoint --------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_comes_back(tmp_path):
+    net = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(3)).sum().backward()
+    optimizer.step()
+    tree = dict(
+        step=7, rate=0.25, name="a", none=None, flags=[True, False], rows=[{"k": torch.arange(3)}],
+        net=net.state_dict(), optimizer=optimizer.state_dict(), scalar=torch.tensor(2.5),
+        shared=[net.weight, net.weight], turned=torch.arange(6).view(2, 3).T,
+    )  # fmt: skip
+    path = tmp_path / "new" / "a.safetensors"
+    checkpoint.save(path, tree)
+    back = checkpoint.load(path)
+    assert list(back) == list(tree)
+    assert [back[k] for k in ("step", "rate", "name", "none", "flags")] == [
+        7, 0.25, "a", None, [True, False]
+    ]  # fmt: skip
+    assert torch.equal(back["turned"], tree["turned"]) and float(back["scalar"]) == 2.5
+    assert torch.equal(back["rows"][0]["k"], torch.arange(3))
+    other = torch.optim.Adam(net.parameters())
+    other.load_state_dict(back["optimizer"])
+    kept = optimizer.state_dict()["state"][0]["exp_avg"]
+    assert torch.equal(other.state_dict()["state"][0]["exp_avg"], kept)
+    net.load_state_dict(back["net"])
+    assert [p.name for p in path.parent.iterdir()] == ["a.safetensors"]
+
+
+def test_a_checkpoint_refuses_what_it_cannot_keep(tmp_path):
+    path = tmp_path / "a.safetensors"
+    checkpoint.save(path, dict(step=1))
+    with pytest.raises(BookError, match="not Linear"):
+        checkpoint.save(path, dict(net=torch.nn.Linear(1, 1)))
+    assert checkpoint.load(path) == dict(step=1), "the old one stays"
+    path.write_bytes(b"torn")
+    for bad in (path, tmp_path / "none.safetensors"):
+        with pytest.raises(BookError, match="is no checkpoint"):
+            checkpoint.load(bad)

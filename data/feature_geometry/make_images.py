@@ -22,7 +22,7 @@ from torch import nn
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from lib import datasets, hooks, models  # noqa: E402
+from lib import checkpoint, datasets, hooks, models  # noqa: E402
 
 WORK = Path(os.environ.get("WORK", Path(tempfile.gettempdir()) / "feature_geometry"))
 CLASSES = (
@@ -142,16 +142,16 @@ def capture():
     data = datasets.fashion_mnist()
     x = torch.tensor(data["x_train"]).float() / 255
     for name, images in (("fit", x[:3000]), ("real", x[3000:5000])):
-        torch.save(features(net, images).half(), WORK / f"images.{name}.pt")
+        checkpoint.save(WORK / f"images.{name}.safetensors", features(net, images).half())
     for name, (seed, missing) in GENERATORS.items():
-        path = WORK / f"generator.{seed}.pt"
+        path = WORK / f"generator.{seed}.safetensors"
         if not path.exists():
             with torch.inference_mode(False):
-                torch.save(train_generator(seed, missing).state_dict(), path)
+                checkpoint.save(path, train_generator(seed, missing).state_dict())
         made = Generator()
-        made.load_state_dict(torch.load(path))
+        made.load_state_dict(checkpoint.load(path))
         images = drawn(made.draw, 1000, seed)
-        torch.save(features(net, images).half(), WORK / f"images.{seed}.pt")
+        checkpoint.save(WORK / f"images.{seed}.safetensors", features(net, images).half())
         print(name, flush=True)
 
 
@@ -160,9 +160,9 @@ def main():
 
     torch.set_num_threads(1)
     WORK.mkdir(parents=True, exist_ok=True)
-    if not (WORK / f"images.{len(GENERATORS) - 1}.pt").exists():
+    if not (WORK / f"images.{len(GENERATORS) - 1}.safetensors").exists():
         capture()
-    load = lambda name: torch.load(WORK / f"images.{name}.pt").float()  # noqa: E731
+    load = lambda name: checkpoint.load(WORK / f"images.{name}.safetensors").float()  # noqa: E731
     fit, real = load("fit"), load("real")
     data = datasets.fashion_mnist()
     label = torch.tensor(data["y_train"][3000:5000])
@@ -183,7 +183,7 @@ def main():
         if seed == 0:
             kept |= {f"sae.{n}": w[n] for n in ("D", "W_enc", "b_enc", "mean", "scale")}
     for seed in (0, 4):
-        state = torch.load(WORK / f"generator.{seed}.pt")
+        state = checkpoint.load(WORK / f"generator.{seed}.safetensors")
         kept |= {f"generator.{seed}.{n}": v for n, v in state.items() if n.startswith("draw")}
     half = {n: v if "prevalence" in n else v.half() for n, v in kept.items()}
     save_file({n: v.contiguous() for n, v in half.items()}, HERE / "images.safetensors")

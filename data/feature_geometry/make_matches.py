@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE))
 from make_lossy import effective  # noqa: E402
 from make_saes import LAYERS, WORK, dense, load, stream  # noqa: E402
 
-from lib import matching  # noqa: E402
+from lib import checkpoint, matching  # noqa: E402
 
 COMPARED = (0, 5, 11, 13, 15, 29)  # SmolLM2's side of the grid against MiniLM's six layers
 
@@ -156,7 +156,7 @@ def main():
         jobs = [(i, 0, 1) for i in LAYERS if i + 1 in LAYERS]
         jobs += [(i, s, 1) for i in (14, 15) for s in (1, 2)] + [(14, s, 2) for s in range(3)]
         keep("steps", [step(layer, seed, rows, above) for layer, seed, above in jobs])
-    words = torch.load(WORK / "words.train.pt")
+    words = checkpoint.load(WORK / "words.train.safetensors")
     thirds = [torch.arange(i, len(words), 3)[:12000] for i in range(3)]
     if "seeds" not in records:
         found = []

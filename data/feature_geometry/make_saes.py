@@ -19,7 +19,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from lib import datasets, hooks, models  # noqa: E402
+from lib import checkpoint, datasets, hooks, models  # noqa: E402
 from lib.kernels import topk_sae  # noqa: E402
 
 WORK = Path(os.environ.get("WORK", Path(tempfile.gettempdir()) / "feature_geometry"))
@@ -70,13 +70,13 @@ def capture():
     small, other = models.load("minilm")
     for split, n in (("test", TEST), ("train", TRAIN)):
         ids = passages(tokenizer, n, held_out=split == "test")
-        if not (WORK / f"smollm2.29.{split}.pt").exists():
+        if not (WORK / f"smollm2.29.{split}.safetensors").exists():
             parts = [hooks.read(model, part, "resid_post").stack("resid_post") for part in
                      ids.split(16)]  # fmt: skip
             for layer in range(30):
                 x = torch.cat([p[layer, :, 1:].half() for p in parts])  # [n, 127, 576]
-                torch.save(x.clone(), WORK / f"smollm2.{layer}.{split}.pt")
-        if not (WORK / f"words.{split}.pt").exists():
+                checkpoint.save(WORK / f"smollm2.{layer}.{split}.safetensors", x)
+        if not (WORK / f"words.{split}.safetensors").exists():
             streams, ours = [[] for _ in range(6)], []
             for row, passage in enumerate(ids):
                 text, pairs, _ = aligned(tokenizer, other, passage)
@@ -89,14 +89,15 @@ def capture():
                 for layer in range(6):
                     streams[layer].append(acts[layer, b].half())
             for layer in range(6):
-                torch.save(torch.cat(streams[layer]), WORK / f"minilm.{layer}.{split}.pt")
-            torch.save(torch.cat(ours), WORK / f"words.{split}.pt")
+                path = WORK / f"minilm.{layer}.{split}.safetensors"
+                checkpoint.save(path, torch.cat(streams[layer]))
+            checkpoint.save(WORK / f"words.{split}.safetensors", torch.cat(ours))
         print("captured", split, flush=True)
 
 
 def stream(model, layer, split):
     """Captured activations as float32 rows [tokens, d] (MiniLM: [words, d])."""
-    x = torch.load(WORK / f"{model}.{layer}.{split}.pt").float()
+    x = checkpoint.load(WORK / f"{model}.{layer}.{split}.safetensors").float()
     return x.flatten(0, -2)
 
 
@@ -196,20 +197,20 @@ def plan():
 
 
 def load(model, layer, seed=0):
-    return torch.load(WORK / f"sae.{model}.{layer}.{seed}.pt")
+    return checkpoint.load(WORK / f"sae.{model}.{layer}.{seed}.safetensors")
 
 
 def main():
     from safetensors.torch import save_file
 
     WORK.mkdir(parents=True, exist_ok=True)
-    if not (WORK / "words.train.pt").exists():
+    if not (WORK / "words.train.safetensors").exists():
         capture()
     for model, layer, seed in plan():
-        path = WORK / f"sae.{model}.{layer}.{seed}.pt"
+        path = WORK / f"sae.{model}.{layer}.{seed}.safetensors"
         if not path.exists():
             w = train(stream(model, layer, "train"), seed)
-            torch.save(w, path)
+            checkpoint.save(path, w)
             test = explained(w, stream(model, layer, "test"))
             print(model, layer, "seed", seed, f"explains {test:.3f}", flush=True)
     kept = {}

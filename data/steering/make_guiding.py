@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib import datasets, hooks, models, steering  # noqa: E402
+from lib import checkpoint, datasets, hooks, models, steering  # noqa: E402
 
 READ = (8, 14, 20, 26)  # the blocks whose output the controller reads at the prompt's last token
 HIDDEN = 64
@@ -174,7 +174,7 @@ def train_through(
     order = torch.cat([torch.randperm(len(items), generator=rng) for _ in range(8)])
     begun = 0
     if keep.exists():
-        state = torch.load(keep, weights_only=True)
+        state = checkpoint.load(keep)
         begun = state["step"]
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
@@ -203,7 +203,7 @@ def train_through(
         optimizer.step()
         if step % 5 == 4:
             state = dict(step=step + 1, net=net.state_dict(), optimizer=optimizer.state_dict())
-            torch.save(state, keep)
+            checkpoint.save(keep, state)
     return net.requires_grad_(False)
 
 
@@ -289,20 +289,20 @@ def run(model, fast, tokenizer, seed: int, work: Path) -> None:
     cut = cuts[[int((high >= c).sum() + (low < c).sum()) for c in cuts].index(
         max(int((high >= c).sum() + (low < c).sum()) for c in cuts))]  # fmt: skip
 
-    through_path = work / f"guiding_{seed}_through.pt"
+    through_path = work / f"guiding_{seed}_through.safetensors"
     through = controller(d, n_layers, seed).to(device)
     through.load_state_dict(net.state_dict())
     if through_path.exists():
-        through.load_state_dict(torch.load(through_path, weights_only=True))
+        through.load_state_dict(checkpoint.load(through_path))
         through.requires_grad_(False)
     else:
         # A patch of weight 1/2 is the fixed patch: the scale doubles it back.
         through = train_through(
             fast, tokenizer, through, (texts["train harmful"], texts["train benign"]),
             (h["train harmful"], h["train benign"]), words, lengths, 2 * c_all, seed,
-            work / f"guiding_{seed}_state.pt",
+            work / f"guiding_{seed}_state.safetensors",
         )  # fmt: skip
-        torch.save(through.state_dict(), through_path)
+        checkpoint.save(through_path, through.state_dict())
 
     def controlled(net, flat=False):
         def of(states):

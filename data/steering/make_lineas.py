@@ -19,7 +19,7 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib import datasets, hooks, models, steering  # noqa: E402
+from lib import checkpoint, datasets, hooks, models, steering  # noqa: E402
 
 SITE = "attn_in"  # the normed input of every attention layer
 N_TRAIN = 32  # sentences a side
@@ -123,7 +123,7 @@ def train(model, tokenizer, source, target, steps, rate, l1=0.0, keep=None, seed
     rates = [10 * rate, rate]
     losses = []
     if keep is not None and keep.exists():
-        state = torch.load(keep, weights_only=True)
+        state = checkpoint.load(keep)
         omega.data, b.data, losses = state["omega"], state["b"], state["losses"]
         optimizer.load_state_dict(state["optimizer"])
     for step in range(len(losses), steps):
@@ -143,7 +143,7 @@ def train(model, tokenizer, source, target, steps, rate, l1=0.0, keep=None, seed
         losses.append(float(loss.detach()))
         if keep is not None and step % 5 == 4:
             state = dict(omega=omega.data, b=b.data, losses=losses)
-            torch.save(state | dict(optimizer=optimizer.state_dict()), keep)
+            checkpoint.save(keep, state | dict(optimizer=optimizer.state_dict()))
     return (omega.detach(), b.detach()), losses
 
 
@@ -217,13 +217,20 @@ def run(model, fast, tokenizer, task: str, seed: int, work: Path) -> None:
     name = f"{task}_{seed}"
     maps, curves = {}, {}
     dense, curves["dense"] = train(
-        model, tokenizer, source, target, STEPS, RATE, keep=work / f"{name}_dense.pt", seed=seed
+        model,
+        tokenizer,
+        source,
+        target,
+        STEPS,
+        RATE,
+        keep=work / f"{name}_dense.safetensors",
+        seed=seed,
     )
     maps["dense"] = dense
     if task == "sentiment":
         maps["sparse"], curves["sparse"] = train(
             model, tokenizer, source, target, STEPS, RATE, SPARSITY,
-            keep=work / f"{name}_sparse.pt", seed=seed,
+            keep=work / f"{name}_sparse.safetensors", seed=seed,
         )  # fmt: skip
     local = layer_local(model, tokenizer, source, target)
     s, t = (pooled(model, tokenizer, texts) for texts in (source, target))

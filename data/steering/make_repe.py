@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from lib import hooks, models, steering  # noqa: E402
+from lib import checkpoint, hooks, models, steering  # noqa: E402
 
 LAYER = 14  # the middle of 30 blocks
 SITE = f"resid_post.{LAYER}"
@@ -194,10 +194,10 @@ def main(argv=None) -> None:
     rows, kept = [], {}
     for seed in args.seeds:
         for task in TASKS:
-            path = args.parts / f"{task}_{seed}.pt"
+            path = args.parts / f"{task}_{seed}.safetensors"
             if not path.exists():
-                torch.save(run(model, tokenizer, task, seed), path)
-            row, made = torch.load(path)
+                checkpoint.save(path, run(model, tokenizer, task, seed))
+            row, made = checkpoint.load(path)
             rows.append(row)
             kept |= {f"{task}_{seed}_{name}": v.half() for name, v in made.items()}
             means = {k: sum(r["right"]) / N_TEST for k, r in row["results"].items()}

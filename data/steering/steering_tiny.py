@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lib import checkpoint
+
 
 class Attention(nn.Module):
     def __init__(self, d_model, n_heads):
@@ -112,15 +114,14 @@ def fit(model, loss_of, steps, lr, path=None, warm=50, decay=True, weight_decay=
     )
     first, path = 0, path and Path(path)
     if path and path.is_file():
-        kept = torch.load(path, weights_only=True)
+        kept = checkpoint.load(path)
         first = kept["step"]
         model.load_state_dict(kept["model"])
         optimizer.load_state_dict(kept["optimizer"])
 
     def save(step):
         kept = dict(step=step, model=model.state_dict(), optimizer=optimizer.state_dict())
-        torch.save(kept, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        checkpoint.save(path, kept)
 
     saved = time.monotonic()
     for step in range(first, steps):
