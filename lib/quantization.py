@@ -170,18 +170,26 @@ def low_rank(error: Tensor, rank: int, second: Tensor | None = None) -> tuple[Te
 
     Without ``second`` in the Frobenius norm (the plain singular value decomposition of
     ZeroQuant-V2's LoRC, arXiv 2303.08302); with it, the mean of x xᵀ, in the error's effect on the
-    outputs, ‖(E - U V) C^½‖ (EoRA, arXiv 2410.21271: the eigenspace of the inputs).
+    outputs, ‖(E - U V) C^½‖ (EoRA, arXiv 2410.21271). Either way the best U are the principal axes
+    of what the error does to the outputs, eigenvectors of E C Eᵀ, and V = Uᵀ E: that is EoRA's
+    answer without its detour through the eigenspace of C. Best first: any first r are best too.
     """
     if not 0 < rank <= min(error.shape):
         raise BookError(f"rank is {rank}; it must be from 1 to {min(error.shape)}")
-    if second is None:
-        u, s, v = torch.linalg.svd(error.float(), full_matrices=False)
-        return u[:, :rank] * s[:rank], v[:rank]
-    # in double: massive activations put eight orders of magnitude between the eigenvalues
-    values, vectors = torch.linalg.eigh(second.double())
-    root = values.clamp(min=values[-1] * 1e-12).sqrt()
-    u, s, v = torch.linalg.svd(error.double() @ vectors * root, full_matrices=False)
-    return (u[:, :rank] * s[:rank]).float(), (v[:rank] / root @ vectors.T).float()
+    # in double: massive activations put eight orders of magnitude between C's eigenvalues
+    e = error.double()
+    c = None if second is None else second.double()
+    if len(e) <= e.shape[1]:
+        axes = torch.linalg.eigh(e @ e.T if c is None else e @ c @ e.T).eigenvectors
+        u = axes.flip(1)[:, :rank]
+    else:  # the same on the smaller side; any root of C will do
+        seen = e
+        if c is not None:
+            values, vectors = torch.linalg.eigh(c)
+            seen = e @ (vectors * values.clamp(min=0).sqrt())
+        v = torch.linalg.eigh(seen.T @ seen).eigenvectors.flip(1)[:, :rank]
+        u = torch.linalg.qr(seen @ v).Q
+    return u.float(), (u.T @ e).float()
 
 
 @contextmanager

@@ -85,9 +85,10 @@ def test_clip_shrinks_the_range():
     torch.testing.assert_close(width(half), width(full) / 2)
 
 
-def test_low_rank_is_the_best_in_its_norm(moments):
+@pytest.mark.parametrize("rows", [48, 900])  # fewer and more than the 576 inputs
+def test_low_rank_is_the_best_in_its_norm(moments, rows):
     made = torch.Generator().manual_seed(0)
-    wrong = torch.randn(48, 576, generator=made)
+    wrong = torch.randn(rows, 576, generator=made)
     second = moments[FIRST].second
     plain, aware = (quantization.low_rank(wrong, 8, c) for c in (None, second))
     svd = torch.linalg.svdvals(wrong)
@@ -96,8 +97,9 @@ def test_low_rank_is_the_best_in_its_norm(moments):
     # The truth in C's norm: what the singular values of E C^1/2 leave.
     values, vectors = torch.linalg.eigh(second.double())
     truth = torch.linalg.svdvals(wrong.double() @ vectors * values.clamp(min=0).sqrt())
-    got = error(wrong, aware[0] @ aware[1], second)
-    assert got == pytest.approx(float(truth[8:].pow(2).sum()), rel=1e-4)
+    for r in (3, 8):
+        got = error(wrong, aware[0][:, :r] @ aware[1][:r], second)
+        assert got == pytest.approx(float(truth[r:].pow(2).sum()), rel=1e-4)
     assert got < error(wrong, plain[0] @ plain[1], second)
 
 
