@@ -3,7 +3,7 @@
 import pytest
 import scipy.linalg
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lib.errors import BookError
@@ -63,6 +63,10 @@ def test_papers_first_block_is_not_symmetric():
     small=st.sampled_from([0, hadamard.DENSE]),
     seed=st.integers(0, 9),
 )
+@example(  # the block and its scale were multiplied in float32
+    n=144, lead=[], dtype=torch.float64, backend="cpu", layout="contiguous",
+    how=(True, False, False), serial=0, small=0, seed=0,
+)  # fmt: skip
 def test_equals_the_dense_product(n, lead, dtype, backend, layout, how, serial, small, seed):
     normalised, transpose, inplace = how
     random = torch.Generator().manual_seed(seed)

@@ -190,7 +190,8 @@ def _reference(x: Tensor, out: Tensor, p: int, h: Tensor | None, scale: float) -
 
 def _cpu(x: Tensor, out: Tensor, p: int, h: Tensor | None, scale: float) -> None:
     x, out = x.numpy(), out.numpy()
-    block = np.full((1, 1), scale, x.dtype) if h is None else (h * scale).numpy().astype(x.dtype)
+    block = np.ones((1, 1), x.dtype) if h is None else h.numpy().astype(x.dtype)
+    block *= scale  # in x's precision: a float32 product would spoil float64
     if x.size < SERIAL:
         _rows(x, out, p, block)
     else:
