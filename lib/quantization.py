@@ -224,33 +224,22 @@ def rounded_inputs(
     per: str = "token",
     names: Iterable[str] | None = None,
     symmetric: bool = True,
-    scales: Mapping[str, Tensor] | None = None,
 ) -> Iterator[nn.Module]:
     """While it lasts, what the linears read is rounded to 2^bits levels.
 
     Args:
         per: one scale a ``token`` or a ``tensor``, found anew at each forward (dynamic).
         names: of the linears; ``None``: all.
-        scales: static instead: a float32 scale [] for every name (symmetric, ``per="tensor"``).
     """
-    if scales is not None and (per != "tensor" or not symmetric):
-        raise BookError('static scales go with per="tensor" and symmetric=True')
     if per not in ("token", "tensor"):
         raise BookError(f'per is "{per}"; it must be "token" or "tensor"')
     chosen = _chosen(model, names)
-    if scales is not None and (missing := [name for name in chosen if name not in scales]):
-        raise BookError(f"scales has none for {missing[0]}; every chosen linear needs one")
 
-    def hook(name):
-        given = None if scales is None else scales[name]
-        return lambda _, args: (
-            fake_quant.fake_quantize(
-                args[0], f"int{bits}", per=per, symmetric=symmetric, scale=given
-            ),
-            *args[1:],
-        )
+    def rounded(_, args):
+        x = fake_quant.fake_quantize(args[0], f"int{bits}", per=per, symmetric=symmetric)
+        return (x, *args[1:])
 
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in chosen.items()]
+    handles = [module.register_forward_pre_hook(rounded) for module in chosen.values()]
     try:
         yield model
     finally:
