@@ -346,6 +346,17 @@ def test_a_run_leaves_a_complete_record(book, capsys, monkeypatch):
     assert chapter(book) == places.read_notebook(book / "chapters" / "toy.ipynb")
 
 
+def test_a_log_is_kept_of_a_kernel_that_died_and_of_no_other(book):
+    mutter = "os.write(2, b'zmq mutters')"  # past Python, as a library in C does
+    for mode, kept in (("fine", False), ("die", True)):
+        notebook = chapter(book)
+        notebook.cells[4].source = f"import os\n{mutter}\n{BEHAVE}"
+        save(book, notebook)
+        assert cli.main(["run", "toy", "-p", f"mode={mode}"]) == kept
+        log = book / "runs" / "toy" / records(book)[-1]["id"] / "kernel.log"
+        assert log.exists() == kept and (not kept or "zmq mutters" in log.read_text())
+
+
 def test_a_failed_run_keeps_what_it_had(book, capsys):
     for mode, error in (("fail", "ValueError: of it"), ("die", "Kernel died")):
         assert cli.main(["run", "toy", "-p", f"mode={mode}"]) == 1

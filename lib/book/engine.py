@@ -141,7 +141,7 @@ class BookEngine(Engine):
 
     @classmethod
     def execute_notebook(cls, nb, kernel_name, output, book, on_cell, on_error, peak, **ignored):
-        log = output.with_name("kernel.log")  # what a kernel says as it dies
+        log = output.with_name("kernel.log")  # what a kernel that dies says
         manager = _Manager(nb, output, on_cell, on_error)
         manager.notebook_start()
 
@@ -166,10 +166,11 @@ class BookEngine(Engine):
         try:
             with open(log, "wb") as stderr:
                 client.execute(env=kernel_environment(book), stderr=stderr)
+            log.unlink()  # it lived to the end; what it said on the way out explains nothing
         finally:
             manager.notebook_complete()
             sockets.cleanup()
-            if not log.stat().st_size:
+            if log.exists() and not log.stat().st_size:
                 log.unlink()
         return manager.nb
 
