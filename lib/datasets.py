@@ -4,6 +4,8 @@ import random
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lib.errors import BookError
 from lib.models import DATA
@@ -107,6 +109,31 @@ def text(source: str = "moby_dick", characters: int = 0, start: int = 0) -> str:
             f"text {source!r} has {len(found):,} characters; this setting needs {characters:,}"
         )
     return found
+
+
+_PARTS = {"calibration": (0.0, 0.7), "held out": (0.8, 1.0)}  # of Moby Dick, as shares of it
+
+
+def passages(tokenizer, part: str, n: int, length: int = 256, seed: int = 0) -> Tensor:
+    """``n`` passages of Moby Dick, each of ``length`` tokens, drawn by ``seed``: ids [n, length].
+
+    Args:
+        part: ``"calibration"``, the first seven tenths of the book, or ``"held out"``, its last
+            fifth.
+
+    Raises:
+        BookError: another part, or a tokenizer that makes fewer than a token of eight characters.
+    """
+    if part not in _PARTS:
+        raise BookError(f"part {part!r} of Moby Dick is unknown; give one of {', '.join(_PARTS)}")
+    whole = moby_dick()
+    begin, end = (int(share * len(whole)) for share in _PARTS[part])
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(begin, end - 8 * length, (n,), generator=generator).tolist()
+    rows = [tokenizer(whole[at : at + 8 * length]).input_ids[:length] for at in starts]
+    if min(map(len, rows), default=length) < length:
+        raise BookError(f"a passage is shorter than {length} tokens; draw with another seed")
+    return torch.tensor(rows)
 
 
 def photos() -> dict[str, np.ndarray]:

@@ -28,6 +28,17 @@ def perplexity(model, ids: Tensor) -> float:
     return float(losses.exp())
 
 
+@torch.inference_mode()
+def losses(model, ids: Tensor) -> list[float]:
+    """Mean next-token loss of each row of ``ids`` [n, pos] in nats, with one forward a row: the
+    logits of a whole batch of passages would take hundreds of megabytes."""
+    found = []
+    for row in ids:
+        logits = model(row[None]).logits[0, :-1].float()
+        found.append(float(torch.nn.functional.cross_entropy(logits, row[1:])))
+    return found
+
+
 def beats(a, b, by: float = 0.0) -> bool:
     """Whether ``a`` exceeds ``b`` by more than ``by``, with a margin wider than the seeds' spread.
 
@@ -66,3 +77,14 @@ def fmt(mean: float, spread: float) -> str:
     digits = 2 if spread <= 0 else max(0, 1 - int(np.floor(np.log10(spread))) - 1)
     digits = min(max(digits, 0), 4)
     return f"{mean:.{digits}f} ± {spread:.{digits}f}"
+
+
+def pm(values, digits: int | None = None) -> str:
+    """``"0.87 ± 0.02"``: mean and sample standard deviation of one measurement a seed, to
+    ``digits`` places (None: as many as the spread supports).
+    """
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 1 or len(values) < 2:
+        raise ValueError("pm needs two seeds or more: one seed has no spread")
+    mean, spread = values.mean(), values.std(ddof=1)
+    return fmt(mean, spread) if digits is None else f"{mean:,.{digits}f} ± {spread:,.{digits}f}"

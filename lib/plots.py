@@ -9,6 +9,7 @@ import numpy as np
 from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from lib.errors import BookError
 
@@ -91,4 +92,11 @@ def png(fig: Figure, dpi: int = 110) -> str:
     # No metadata: the same figure gives the same bytes.
     fig.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
     plt.close(fig)
+    image = Image.open(buffer).convert("RGB")
+    # Lines and letters on white need no more than a palette, which takes a third of the bytes. A
+    # picture that holds photographs keeps its colours.
+    if image.getcolors(2**13):
+        image = image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    image.save(buffer, format="png", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()

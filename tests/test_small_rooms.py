@@ -1,6 +1,7 @@
 """The small rooms of lib: claims, metrics, plots, widgets, datasets, checkpoint."""
 
 import base64
+import io
 import json
 import re
 
@@ -8,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lib import checkpoint, claims, datasets, metrics, plots, widgets
 from lib.errors import BookError
@@ -127,6 +129,24 @@ def test_fmt_shows_what_the_spread_supports():
     assert metrics.fmt(1.5, 0.0) == "1.50 ± 0.00"
 
 
+def test_pm_is_mean_and_spread_of_one_number_a_seed():
+    assert metrics.pm([1.0, 2.0, 4.0]) == "2 ± 2"
+    assert metrics.pm([1.0, 2.0, 4.0], digits=2) == "2.33 ± 1.53"
+    assert metrics.pm(torch.tensor([0.87, 0.89, 0.85])) == "0.87 ± 0.02"
+    for wrong in ([1.0], 3.0, [[1.0, 2.0], [3.0, 4.0]]):
+        with pytest.raises(ValueError, match="two seeds"):
+            metrics.pm(wrong)
+
+
+def test_losses_of_passages_add_up_to_perplexity():
+    from test_hooks import inputs_of, tiny
+
+    model, ids = tiny("llama"), inputs_of("llama")["input_ids"]
+    each = metrics.losses(model, ids)
+    assert len(set(each)) == len(ids) > 1
+    assert np.exp(np.mean(each)) == pytest.approx(metrics.perplexity(model, ids), rel=1e-4)
+
+
 def test_perplexity_is_exp_of_the_models_own_loss():
     from test_hooks import inputs_of, tiny
 
@@ -147,6 +167,17 @@ def test_a_figure_carries_its_alt_text_and_is_closed(shown):
     assert not plt.get_fignums()
     with pytest.raises(BookError, match="alt text"):
         plots.show(fig, "figure")
+
+
+def test_a_figure_has_a_palette_unless_it_holds_a_photograph():
+    def drawn(values):
+        fig, ax = plt.subplots()
+        ax.imshow(values)
+        return Image.open(io.BytesIO(base64.b64decode(plots.png(fig))))
+
+    lines, photo = drawn(np.eye(3)), drawn(datasets.photos()["chelsea"])
+    assert lines.mode == "P" and photo.mode == "RGB"
+    assert lines.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_the_same_figure_gives_the_same_bytes():
@@ -229,6 +260,30 @@ def test_a_text_of_the_readers_own_takes_the_place_of_moby_dick(tmp_path):
     mine.write_bytes("Käfer".encode("latin-1"))
     with pytest.raises(BookError, match="is not UTF-8"):
         datasets.text(str(mine))
+
+
+def test_passages_keep_to_their_part_of_the_book():
+    class Words:  # a token for each character, so that a token tells where it stands
+        def __call__(self, text):
+            return type("Out", (), {"input_ids": [ord(c) for c in text]})
+
+    whole = datasets.moby_dick()
+    for part, (begin, end) in {"calibration": (0, 0.7), "held out": (0.8, 1)}.items():
+        ids = datasets.passages(Words(), part, 3, 64, seed=5)
+        assert ids.shape == (3, 64) and torch.equal(ids, datasets.passages(Words(), part, 3, 64, 5))
+        assert not torch.equal(ids, datasets.passages(Words(), part, 3, 64, 6))
+        for row in ids.tolist():
+            at = whole.index("".join(map(chr, row)))
+            assert begin * len(whole) - 1 <= at < end * len(whole)
+    with pytest.raises(BookError, match="calibration, held out"):
+        datasets.passages(Words(), "test", 1)
+
+    class Long(Words):
+        def __call__(self, text):
+            return type("Out", (), {"input_ids": [0] * (len(text) // 9)})
+
+    with pytest.raises(BookError, match="shorter than 64"):
+        datasets.passages(Long(), "held out", 1, 64)
 
 
 def test_images_and_text_are_what_they_say():

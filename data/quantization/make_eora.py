@@ -20,7 +20,7 @@ sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
 
 import own_setting  # noqa: E402
 
-from lib import models, quantization  # noqa: E402
+from lib import metrics, models, quantization  # noqa: E402
 
 RANKS = (8, 32)
 BITS, GROUP = 3, 64
@@ -94,7 +94,7 @@ def main(argv=None):
         setting = f"{base} r{rank}" if rank else base
         with quantization.swapped(model, weights):
             if not has("frontier_eora", method, setting, seed):
-                found = own_setting.losses(model, ids)
+                found = metrics.losses(model, ids)
                 size = {
                     n: own_setting.stored_bytes(m.weight.shape, BITS, GROUP, rank=rank)
                     if base == "W3 g64"

@@ -24,7 +24,7 @@ sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
 
 import own_setting  # noqa: E402
 
-from lib import models, quantization  # noqa: E402
+from lib import metrics, models, quantization  # noqa: E402
 from lib.kernels import fake_quant  # noqa: E402
 
 EPOCHS, TEXTS = 3, 8
@@ -261,7 +261,7 @@ def main(argv=None):
             with ExitStack() as stack:
                 if activation_bits < 16:
                     stack.enter_context(quantization.rounded_inputs(other, activation_bits))
-                found = own_setting.losses(other, ids)
+                found = metrics.losses(other, ids)
             size = {
                 k: own_setting.stored_bytes(m.weight.shape, bits, group) for k, m in layers.items()
             }

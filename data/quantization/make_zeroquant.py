@@ -22,7 +22,7 @@ sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
 
 import own_setting  # noqa: E402
 
-from lib import models, quantization  # noqa: E402
+from lib import metrics, models, quantization  # noqa: E402
 from lib.datasets import moby_dick  # noqa: E402
 
 RANK = 8
@@ -86,7 +86,7 @@ def main(argv=None):
     def judge(model):
         """In four parts: SmolLM2's loss on a passage; how far MiniLM's vectors turn, 1 - cosine."""
         if model is smollm2:
-            return own_setting.losses(model, ids)
+            return metrics.losses(model, ids)
         return (1 - (embedded(model, inputs) * plain).sum(-1)).view(4, -1).mean(1).tolist()
 
     path = HERE / "zeroquant_sensitivity.json"
@@ -113,7 +113,7 @@ def main(argv=None):
     def record(method, bits, group, seed, weights, rank=0):
         setting = f"W{bits}" + (f" g{group}" if group else "")
         with quantization.swapped(smollm2, weights):
-            found = own_setting.losses(smollm2, ids)
+            found = metrics.losses(smollm2, ids)
         size = {
             k: own_setting.stored_bytes(m.weight.shape, bits, group, rank=rank)
             for k, m in layers.items()

@@ -17,31 +17,19 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 from lib import datasets, quantization  # noqa: E402
-from lib.errors import BookError  # noqa: E402
 
 LENGTH = 256  # tokens a sequence
 WEIGHTS = 106_168_320  # of the linear layers in SmolLM2's 30 blocks
 
 
 def calibration(tokenizer, seed: int, n: int = 8, length: int = LENGTH) -> Tensor:
-    """``n`` passages of the first seven tenths of Moby Dick, drawn by ``seed``: ids [n, length]."""
-    return _passages(tokenizer, 0.0, 0.7, n, length, seed)
+    """``n`` passages to calibrate on, drawn by ``seed``: ids [n, length]."""
+    return datasets.passages(tokenizer, "calibration", n, length, seed)
 
 
 def held_out(tokenizer, n: int = 4, length: int = LENGTH) -> Tensor:
-    """The same ``n`` passages of the last fifth of Moby Dick each time: ids [n, length]."""
-    return _passages(tokenizer, 0.8, 1.0, n, length, 1851)
-
-
-def _passages(tokenizer, begin, end, n, length, seed) -> Tensor:
-    text = datasets.moby_dick()
-    first, last = int(begin * len(text)), int(end * len(text)) - 8 * length
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(first, last, (n,), generator=generator).tolist()
-    rows = [tokenizer(text[s : s + 8 * length]).input_ids[:length] for s in starts]
-    if min(map(len, rows)) < length:
-        raise BookError(f"a passage is shorter than {length} tokens; draw with another seed")
-    return torch.tensor(rows)
+    """The same ``n`` passages to judge by each time: ids [n, length]."""
+    return datasets.passages(tokenizer, "held out", n, length, seed=1851)
 
 
 def stored_bytes(
@@ -54,16 +42,6 @@ def stored_bytes(
     zero = 0 if symmetric else bits
     total = rows * columns * bits + parts * (16 + zero) + 16 * rank * (rows + columns)
     return total / 8
-
-
-@torch.inference_mode()
-def losses(model, ids: Tensor) -> list[float]:
-    """Mean next-token loss of each passage of ``ids`` [n, pos], in nats."""
-    found = []
-    for row in ids.to(model.device):  # one at a time: the logits of a batch would take 200 MB
-        logits = model(row[None]).logits[0, :-1].float()
-        found.append(float(torch.nn.functional.cross_entropy(logits, row[1:])))
-    return found
 
 
 def frontier_row(method, setting, seed, found, stored, activation_bits=16) -> dict:
