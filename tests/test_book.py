@@ -177,6 +177,8 @@ def save(book: Path, notebook: nbformat.NotebookNode, slug: str = "toy") -> None
 def command(book: Path, *arguments: str, **settings) -> subprocess.Popen:
     """The command as a process of its own."""
     search = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    # A shell's background job ignores Ctrl-C, and its children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(
         [sys.executable, "-m", "lib.book.cli", *arguments],
         env={**os.environ, "BOOK_ROOT": str(book), "PYTHONPATH": search}, cwd=REPOSITORY,
