@@ -20,7 +20,6 @@ sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(HERE.parent.parent))
 
 import small_lm  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 PART = 8  # dimensions of a sub-dimension
 BLOCKS, INNER, D_MLP = 2, 64, 256
@@ -95,23 +94,7 @@ class Routed(nn.Module):
 def build(name: str, seed: int):
     """The model of a row of ``RUNS``: ids [batch, pos] to logits."""
     d, active, shared, changes = RUNS[name]
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=256,
-            hidden_size=d,
-            intermediate_size=D_MLP,
-            num_hidden_layers=BLOCKS,
-            num_attention_heads=INNER // 32,
-            num_key_value_heads=INNER // 32,
-            head_dim=32,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
-            use_cache=False,
-        )
-    )
+    model = small_lm.llama(d, BLOCKS, D_MLP, seed=seed, n_heads=INNER // 32)
     if active:
         for block in model.model.layers:
             block.self_attn = Routed(block.self_attn, d, active, shared, **changes)

@@ -34,9 +34,16 @@ def pieces(ids: torch.Tensor, n: int, seed: int, length: int = LENGTH) -> torch.
 
 
 def llama(
-    d_model: int = 128, n_layers: int = 4, d_mlp: int = 512, act: str = "silu", seed: int = 0
+    d_model: int = 128,
+    n_layers: int = 4,
+    d_mlp: int = 512,
+    act: str = "silu",
+    seed: int = 0,
+    n_heads: int | None = None,
 ) -> LlamaForCausalLM:
-    """A Llama over bytes: ``act`` is any activation of transformers, heads have 32 dimensions."""
+    """A Llama over bytes: ``act`` is any activation of transformers; ``n_heads`` heads of 32
+    dimensions each (None: as many as fill ``d_model``)."""
+    n_heads = n_heads or d_model // 32
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -44,8 +51,9 @@ def llama(
             hidden_size=d_model,
             intermediate_size=d_mlp,
             num_hidden_layers=n_layers,
-            num_attention_heads=d_model // 32,
-            num_key_value_heads=d_model // 32,
+            num_attention_heads=n_heads,
+            num_key_value_heads=n_heads,
+            head_dim=32,
             max_position_embeddings=512,
             hidden_act=act,
             tie_word_embeddings=True,
