@@ -236,7 +236,7 @@ SECTION = (
 (paper-$key)=
 ## $title
 
-{cite}`$key` asks: the question, and the answer, in two to six sentences of your own, with the
+{cite:t}`$key` asks: the question, and the answer, in two to six sentences of your own, with the
 equation that matters. Then the method in code, prose before each cell.""",
     ),
     (
