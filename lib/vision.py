@@ -1,7 +1,8 @@
 """Small image classifiers on the book's digits and garments, and the one loop that trains them.
 
 ``images`` gives the data as tensors; ``conv_net`` and ``vit`` make a network from a seed; ``train``
-trains any of them; ``logits`` and ``accuracy`` read them in batches.
+trains any of them; ``logits`` and ``accuracy`` read them in batches; ``linear_probe`` asks what a
+network's features hold.
 """
 
 from collections import OrderedDict
@@ -198,3 +199,32 @@ def logits(model: nn.Module, x: Tensor, batch: int = 500) -> Tensor:
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Share of ``x`` whose largest logit is at its label ``y``, in [0, 1]."""
     return float((logits(model, x).argmax(-1) == y).float().mean())
+
+
+def linear_probe(
+    features: Tensor, y: Tensor, test: Tensor, penalty: float = 1e-4, classes: int = 10
+) -> Tensor:
+    """Answers of a logistic regression, fitted until L-BFGS ends, at most 100 steps.
+
+    Args:
+        features: [n, d], standardized here by their own mean and spread, and ``test`` by the same.
+        y: their labels [n], below ``classes``.
+        test: [m, d].
+        penalty: of the squared weights, the bias among them.
+
+    Returns:
+        int64 [m]: the class that each row of ``test`` is given.
+    """
+    mean, std = features.mean(0), features.std(0) + 1e-6 * features.std() + 1e-12
+    a, b = (F.pad((f - mean) / std, (0, 1), value=1.0) for f in (features, test))
+    w = torch.zeros(a.shape[1], classes, device=a.device, requires_grad=True)
+    solver = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        solver.zero_grad()
+        value = F.cross_entropy(a @ w, y) + penalty * w.square().sum()
+        value.backward()
+        return value
+
+    solver.step(closure)
+    return (b @ w.detach()).argmax(-1)

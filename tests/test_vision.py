@@ -126,3 +126,18 @@ def test_what_corrupt_refuses():
         corruptions.corrupt(x, "noise", 0)
     with pytest.raises(BookError, match="uint8"):
         corruptions.corrupt(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "noise", 1)
+
+
+def test_a_linear_probe_reads_what_is_linear_in_the_features_and_nothing_else():
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(300) % 3
+    found = torch.randn(300, 8, generator=g) + 4 * torch.eye(8)[y]
+    seen, test = found[:200], found[200:]
+    read = vision.linear_probe(seen, y[:200], test, classes=3)
+    assert (read == y[200:]).float().mean() > 0.95
+    # Neither the scale nor the origin of a feature matters, and noise tells nothing.
+    moved = vision.linear_probe(100 * seen + 7, y[:200], 100 * test + 7, classes=3)
+    assert (moved == read).float().mean() > 0.98
+    noise = torch.randn(300, 8, generator=g)
+    blind = vision.linear_probe(noise[:200], y[:200], noise[200:], classes=3)
+    assert (blind == y[200:]).float().mean() < 0.55

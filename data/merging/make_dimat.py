@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -181,10 +182,15 @@ def run(method, nets, mine, graph, seed, sets, rate=LOCAL, rounds=2) -> dict:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--state", default="/tmp/dimat_state", help="folder for finished rows")
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "dimat_state",
+        help="folder for finished rows",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     args = parser.parse_args(argv)
-    state = Path(args.state)
+    state = args.scratch
     state.mkdir(parents=True, exist_ok=True)
     sets = data()
     x, y, proxy, test, labels = sets

@@ -5,12 +5,13 @@ them. A student learns from labels (cross entropy, CE), from the teacher's proba
 its logits (BinaryKL), or from labels and logits with one head or with two. Each method with a
 weight of its teacher's loss has it chosen on 1,000 garments that no student trains on.
 
-    python data/merging/make_dual_head.py [--out FOLDER] [--state FOLDER]
+    python data/merging/make_dual_head.py [--out FOLDER] [--scratch DIR]
 """
 
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -140,22 +141,9 @@ def scores(model, x: Tensor) -> tuple[Tensor, Tensor]:
     return features, model["head"](features)
 
 
-def refit(features: Tensor, y: Tensor, test: Tensor, classes: int = 10) -> Tensor:
-    """Predictions [n] on ``test`` of a logistic regression fitted to standardized features."""
-    mean, std = features.mean(0), features.std(0) + 1e-6
-    one = torch.ones(1, device=features.device)
-    a, b = (torch.cat([(f - mean) / std, one.expand(len(f), 1)], 1) for f in (features, test))
-    w = torch.zeros(a.shape[1], classes, device=a.device, requires_grad=True)
-    solver = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure():
-        solver.zero_grad()
-        value = F.cross_entropy(a @ w, y) + 1e-3 * w.square().sum()
-        value.backward()
-        return value
-
-    solver.step(closure)
-    return (b @ w.detach()).argmax(-1)
+def refit(features: Tensor, y: Tensor, test: Tensor) -> Tensor:
+    """Predictions [n] on ``test`` of a logistic regression, in place of the head."""
+    return vision.linear_probe(features, y, test, penalty=1e-3)
 
 
 def run(method: str, weight: float, seed: int, data, teacher: Tensor, epochs: int = EPOCHS):
@@ -191,12 +179,17 @@ def run(method: str, weight: float, seed: int, data, teacher: Tensor, epochs: in
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=HERE, help="where the files are written")
-    parser.add_argument("--state", type=Path, default=Path("/tmp/dual_head"), help="partial runs")
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "dual_head",
+        help="partial runs",
+    )
     args = parser.parse_args(argv)
-    args.state.mkdir(parents=True, exist_ok=True)
+    args.scratch.mkdir(parents=True, exist_ok=True)
     data = vision.images()
 
-    saved = args.state / "teacher.safetensors"
+    saved = args.scratch / "teacher.safetensors"
     net = vision.conv_net(16, seed=100)
     if saved.exists():
         net.load_state_dict(load_file(saved))
@@ -209,7 +202,7 @@ def main(argv=None):
     print(f"teacher: {right:.4f} of the test garments")
 
     def kept(name, **change):
-        part = args.state / f"{name}.json"
+        part = args.scratch / f"{name}.json"
         if not part.exists():
             row, _ = run(data=data, teacher=taught, **change)
             part.write_text(json.dumps(row))

@@ -6,7 +6,7 @@ byte-level language model watched while it trains, on all of Moby Dick or a sixt
 small convolutional networks trained with labels or to tell rotations apart. About 5 minutes on one
 core; resumable.
 
-    python data/merging/make_essential.py --scratch /tmp/essential
+    python data/merging/make_essential.py [--scratch DIR]
 """
 
 import argparse
@@ -14,6 +14,7 @@ import importlib
 import inspect
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -322,7 +323,7 @@ def objective(seed: int, kind: str, n: int = 1000, epochs: int = 6) -> dict:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scratch", type=Path, default=Path("/tmp/essential"))
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "essential")
     args = parser.parse_args(argv)
     args.scratch.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)

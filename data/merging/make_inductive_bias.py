@@ -7,13 +7,14 @@ Checked on a space that can be enumerated and on Gaussian processes, whose losse
 distribution; then by the dimension of the inputs, and for kernels against networks. About 4 minutes
 on one core; resumable.
 
-    python data/merging/make_inductive_bias.py --scratch /tmp/inductive
+    python data/merging/make_inductive_bias.py [--scratch DIR]
 """
 
 import argparse
 import itertools
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -290,7 +291,7 @@ def reference(name: str) -> float:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scratch", type=Path, default=Path("/tmp/inductive"))
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "inductive")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args(argv)
     args.scratch.mkdir(parents=True, exist_ok=True)

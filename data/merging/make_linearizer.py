@@ -8,7 +8,7 @@ alone for as many passes, plain feature distillation, each term alone, and match
 too. Resumable; ``--times`` measures both nets' forward time by the number of tokens, on an
 otherwise idle machine.
 
-    python data/merging/make_linearizer.py --seeds 0 1 2 --scratch /tmp/linearizer
+    python data/merging/make_linearizer.py --seeds 0 1 2 [--scratch DIR]
     python data/merging/make_linearizer.py --times
 """
 
@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -266,7 +267,7 @@ def times(rounds: int = 10) -> dict:
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--scratch", type=Path, default=Path("/tmp/linearizer"))
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "linearizer")
     parser.add_argument("--times", action="store_true", help="measure times and do nothing else")
     args = parser.parse_args(argv)
     if args.times:

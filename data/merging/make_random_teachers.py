@@ -6,13 +6,14 @@ both, here and on digits; the same with noise for images, and with the student s
 what supervised training makes of the student as a starting point (lottery tickets, and whether
 two runs with different orders of the data end in one basin).
 
-    python data/merging/make_random_teachers.py [--out FOLDER] [--state FOLDER]
+    python data/merging/make_random_teachers.py [--out FOLDER] [--scratch DIR]
 """
 
 import argparse
 import json
 import math
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -129,21 +130,9 @@ def probe(found: Tensor, y: Tensor, test: Tensor, y_test: Tensor) -> dict[str, f
     """Accuracy on ``test`` [n, d] of a logistic regression and of 20 nearest neighbours by cosine,
     both from ``found`` [m, d] with labels y; features are standardized by those of ``found``."""
     mean, std = found.mean(0), found.std(0) + 1e-6 * found.std() + 1e-12
-    a, b = (found - mean) / std, (test - mean) / std
-    nearest = (F.normalize(b, dim=1) @ F.normalize(a, dim=1).T).topk(20, 1).indices
-    voted = y[nearest].mode(1).values
-    a, b = (torch.cat([f, torch.ones_like(f[:, :1])], 1) for f in (a, b))
-    w = torch.zeros(a.shape[1], 10, device=a.device, requires_grad=True)
-    solver = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure():
-        solver.zero_grad()
-        value = F.cross_entropy(a @ w, y) + 1e-4 * w.square().sum()
-        value.backward()
-        return value
-
-    solver.step(closure)
-    read = (b @ w.detach()).argmax(-1)
+    a, b = (F.normalize((f - mean) / std, dim=1) for f in (found, test))
+    voted = y[(b @ a.T).topk(20, 1).indices].mode(1).values
+    read = vision.linear_probe(found, y, test)
     return {"linear": share(read, y_test), "knn": share(voted, y_test)}
 
 
@@ -339,9 +328,11 @@ def probe_unsettled(net, data) -> dict:
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=HERE, help="where the files are written")
-    parser.add_argument("--state", type=Path, default=Path("/tmp/random_teachers"))
+    parser.add_argument(
+        "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "random_teachers"
+    )
     args = parser.parse_args(argv)
-    args.state.mkdir(parents=True, exist_ok=True)
+    args.scratch.mkdir(parents=True, exist_ok=True)
 
     def load(name):
         x, y, xt, yt = vision.images(name)
@@ -353,7 +344,7 @@ def main(argv=None):
     print("pixels", pixels, flush=True)
     rows, nets = [], {}
     for seed in SEEDS:
-        row, own = one_seed(seed, garments, digits, args.state)
+        row, own = one_seed(seed, garments, digits, args.scratch)
         rows.append(row)
         nets |= {k: v.half() if v.is_floating_point() else v for k, v in own.items()}
         result = {"pixels": pixels, "rows": rows}

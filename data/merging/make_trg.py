@@ -7,13 +7,14 @@ instances on top (RKD; Park et al., arXiv 1904.05068), and with the token-level 
 (TRG; Zhang et al., arXiv 2306.12442), whole and in parts. Each term's weight is the best of three
 on validation images, on the balanced set with a seed of its own. Resumable.
 
-    python data/merging/make_trg.py --seeds 0 1 2 --scratch /tmp/trg
+    python data/merging/make_trg.py --seeds 0 1 2 [--scratch DIR]
 """
 
 import argparse
 import json
 import math
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -192,7 +193,7 @@ def by_class(net: nn.Module, x: Tensor, y: Tensor) -> list[float]:
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--scratch", type=Path, default=Path("/tmp/trg"))
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "trg")
     args = parser.parse_args(argv)
     start = time.time()
     x_all, y_all, x_test, y_test = vision.images()

@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -186,10 +187,15 @@ def cell(width, batch, sets, mnist) -> tuple[dict, list]:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--state", default="/tmp/zoo_state", help="folder for finished cells")
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "zoo_state",
+        help="folder for finished cells",
+    )
     parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), help="a part of all")
     args = parser.parse_args(argv)
-    state = Path(args.state)
+    state = args.scratch
     state.mkdir(parents=True, exist_ok=True)
     sets = data()
     digits, names, test, labels = vision.images("mnist")

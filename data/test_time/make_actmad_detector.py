@@ -11,11 +11,9 @@ a severity and a method; a row that the scratch folder holds is not made again. 
 one thread.
 """
 
-import argparse
 import copy
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -174,12 +172,8 @@ def chosen_rates(net, source, scratch: Path) -> tuple[dict, dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--scratch", default=Path(tempfile.gettempdir()) / "test_time_scenes")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # sums in one order: the same numbers every time
-    scratch, rows = Path(args.scratch), []
+    args = own_scenes.arguments(__doc__, argv)
+    scratch, rows = args.scratch, []
     clear = own_scenes.scenes(256, "test", 0)
     for seed in args.seeds:
         net = own_scenes.detector(seed, scratch)

@@ -6,7 +6,7 @@ scenes that have it. Networks are trained on one context and tested on all other
 different contexts with four ways to train, and watched for conflicts between subsets. About
 10 minutes on one core; resumable.
 
-    python data/test_time/make_metashift.py --scratch /tmp/metashift
+    python data/test_time/make_metashift.py [--scratch DIR]
 """
 
 import argparse
@@ -14,6 +14,7 @@ import copy
 import itertools
 import json
 import sys
+import tempfile
 import time
 from functools import cache
 from pathlib import Path
@@ -380,7 +381,7 @@ def conflicts(seed: int) -> dict:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scratch", type=Path, default=Path("/tmp/metashift"))
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "metashift")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args(argv)
     args.scratch.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ Resumable: a run that is cut off goes on where it stopped. About two minutes of 
 import argparse
 import json
 import math
+import tempfile
 import time
 from pathlib import Path
 
@@ -283,7 +284,7 @@ def photo_rows(scratch: Path, n: int = 4) -> list[dict]:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--scratch", type=Path, default=Path("/tmp/mobius"))
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "mobius")
     parser.add_argument("--seconds", type=float, default=340.0, help="start no run after so many")
     args = parser.parse_args(argv)
     args.scratch.mkdir(parents=True, exist_ok=True)

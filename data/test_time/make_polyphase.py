@@ -10,6 +10,7 @@ Resumable: a run that is cut off goes on where it stopped. About ten minutes of 
 import argparse
 import json
 import math
+import tempfile
 import time
 from pathlib import Path
 
@@ -262,7 +263,7 @@ def made(name: str, seed: int) -> Net:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--scratch", type=Path, default=Path("/tmp/polyphase"))
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "polyphase")
     parser.add_argument("--seconds", type=float, default=340.0, help="start no run after so many")
     args = parser.parse_args(argv)
     args.scratch.mkdir(parents=True, exist_ok=True)

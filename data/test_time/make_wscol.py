@@ -10,11 +10,9 @@ of low contrast, three tries a method. One row a severity, a seed and a method; 
 scratch folder holds is not made again. About 9 minutes of one thread.
 """
 
-import argparse
 import copy
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -329,12 +327,8 @@ def one(net, images, method: str, chosen: dict, seed: int, clear, test) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--scratch", default=Path(tempfile.gettempdir()) / "test_time_scenes")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # sums in one order: the same numbers every time
-    scratch, rows = Path(args.scratch), []
+    args = own_scenes.arguments(__doc__, argv)
+    scratch, rows = args.scratch, []
     clear = own_scenes.scenes(400, "test", 0)
     chosen, tried = choices(own_scenes.detector(0, scratch), scratch)
     for severity in SEVERITIES:

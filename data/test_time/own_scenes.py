@@ -304,12 +304,18 @@ def detector(seed: int, scratch: Path) -> Detector:
     return net
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def arguments(doc: str, argv: list[str] | None) -> argparse.Namespace:
+    """``seeds`` and ``scratch`` of a script on these scenes, which then computes on one thread."""
+    parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--scratch", default=Path(tempfile.gettempdir()) / "test_time_scenes")
-    args = parser.parse_args(argv)
+    default = Path(tempfile.gettempdir()) / "test_time_scenes"
+    parser.add_argument("--scratch", type=Path, default=default)
     torch.set_num_threads(1)  # sums in one order: the same numbers every time
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(__doc__, argv)
     test = scenes(500, "test", 0)
     for seed in args.seeds:
         net = detector(seed, args.scratch)
