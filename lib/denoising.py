@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib import hooks
+from lib.diffusion import pack, places, unpack
 from lib.errors import BookError
 
 
@@ -118,16 +119,13 @@ class Denoiser:
                 sample=x, timestep=level.t, encoder_hidden_states=states[0], **self.extra
             )  # fmt: skip
         n, _, height, width = x.shape
-        ids = torch.zeros(height // 2, width // 2, 3, device=x.device)
-        ids[..., 1] += torch.arange(height // 2, device=x.device)[:, None]
-        ids[..., 2] += torch.arange(width // 2, device=x.device)[None]
         return dict(
             hidden_states=pack(x),
             timestep=torch.full((n,), level.t / 1000, device=x.device),
             encoder_hidden_states=states[0],
             pooled_projections=states[1],
             txt_ids=torch.zeros(states[0].shape[1], 3, device=x.device),
-            img_ids=ids.flatten(0, 1),
+            img_ids=places(height // 2, width // 2).to(x.device),
             **self.extra,
         )
 
@@ -171,17 +169,6 @@ class Denoiser:
         with torch.no_grad():
             latents = vae.encode(2 * pictures - 1).latent_dist.mean
         return (latents - shift) * vae.config.scaling_factor
-
-
-def pack(x: Tensor) -> Tensor:
-    """Latents [n, c, h, w] as a flow transformer reads them: 2 × 2 a token, [n, h·w/4, 4c]."""
-    return F.pixel_unshuffle(x, 2).flatten(2).mT
-
-
-def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    """What ``pack`` packed, ``size`` (height, width) of the latents."""
-    height, width = size
-    return F.pixel_shuffle(tokens.mT.unflatten(2, (height // 2, width // 2)), 2)
 
 
 Before = Callable[[int, Tensor, Level], Tensor]

@@ -12,7 +12,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from lib import denoising, hooks, models
+from lib import denoising, diffusion, hooks, models
 from lib.errors import BookError
 
 PROMPTS = ["a red circle and a blue square", "two yellow stars on a beach"]
@@ -109,19 +109,19 @@ def test_a_flow_is_sampled_as_its_pipeline_samples(text, settings):
         height=32,
         width=64,
         num_inference_steps=4,
-        latents=denoising.pack(x),
+        latents=diffusion.pack(x),
         max_sequence_length=16,
         output_type="latent",
     ).images
     denoiser = denoising.Denoiser(pipe, PROMPTS, guidance=3.0)
     got = denoising.sample(denoiser, x, denoising.levels(pipe, 4, tokens=32))
-    assert torch.allclose(denoising.pack(got), want, atol=1e-4, rtol=1e-4)
+    assert torch.allclose(diffusion.pack(got), want, atol=1e-4, rtol=1e-4)
 
 
 def test_packing_comes_back():
     x = torch.randn(2, 4, 6, 8)
-    assert torch.equal(denoising.unpack(denoising.pack(x), (6, 8)), x)
-    assert torch.equal(denoising.pack(x), FluxPipeline._pack_latents(x, 2, 4, 6, 8))
+    assert torch.equal(diffusion.unpack(diffusion.pack(x), (6, 8)), x)
+    assert torch.equal(diffusion.pack(x), FluxPipeline._pack_latents(x, 2, 4, 6, 8))
 
 
 @pytest.mark.parametrize("make", [unet_pipe, flow_pipe])
