@@ -5,6 +5,7 @@ layers of MiniLM. Trained by ``data/diffusion/make_*.py``.
 """
 
 import json
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +99,8 @@ def assemble(kind: str, model: nn.Module, scheduler):
     """An ordinary pipeline around a denoiser: ``StableDiffusionPipeline`` around a
     ``UNet2DConditionModel`` (kind ``unet``), ``FluxPipeline`` around a ``FluxTransformer2DModel``
     (``flow``). Texts of another number of tokens than ``TOKENS`` are cut or padded to it."""
-    from diffusers import FluxPipeline, StableDiffusionPipeline
+    with models._quiet():  # an import that misses torchvision says so
+        from diffusers import FluxPipeline, StableDiffusionPipeline
 
     encoder, tokenizer = text_encoder()
     if kind == "flow":
@@ -187,7 +189,21 @@ def pipeline(name: str = "unet", device=None, dtype: torch.dtype | None = None):
     model_class = "FluxTransformer2DModel" if kind == "flow" else "UNet2DConditionModel"
     model = build(getattr(diffusers, model_class), stored)
     step = getattr(diffusers, scheduler).from_config(read(stored)["scheduler"])
-    return assemble(kind, model, step).to(device or models.device(), dtype or torch.float32)
+    with _silent():
+        return assemble(kind, model, step).to(device or models.device(), dtype or torch.float32)
+
+
+@contextmanager
+def _silent():
+    """A move of a model makes diffusers warn of dtypes, even where there is but one."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 # --- a picture as a prompt -----------------------------------------------------------------------
@@ -244,6 +260,12 @@ def fresh_adapter(unet) -> dict[str, dict[str, Tensor]]:
     return {"image_proj": copy(state), "ip_adapter": copy(own)}
 
 
+def install(unet, state: dict[str, dict[str, Tensor]]) -> None:
+    """Put an adapter's weights, as ``fresh_adapter`` gives them, into a U-Net's attention."""
+    with _silent():
+        unet._load_ip_adapter_weights([state], low_cpu_mem_usage=False)
+
+
 def adapter_weights(unet) -> dict[str, dict[str, Tensor]]:
     """What ``fresh_adapter`` gives, of a U-Net in which an adapter lives."""
     layer = unet.encoder_hid_proj.image_projection_layers[0]
@@ -271,7 +293,7 @@ def add_adapter(pipe, scale: float = 1.0):
     encoder.load_state_dict(state.pop("encoder"))
     encoder = encoder.to(pipe.device, pipe.unet.dtype).eval().requires_grad_(False)
     pipe.register_modules(image_encoder=encoder)
-    pipe.unet._load_ip_adapter_weights([state], low_cpu_mem_usage=False)
+    install(pipe.unet, state)
     pipe.unet.requires_grad_(False)
     pipe.set_ip_adapter_scale(scale)
     return pipe

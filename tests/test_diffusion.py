@@ -110,7 +110,7 @@ def test_an_adapter_goes_into_the_form_of_ip_adapter_and_back():
 
     tiny = UNet2DConditionModel.from_config(unet.config)
     fresh = diffusion.fresh_adapter(tiny)
-    tiny._load_ip_adapter_weights([fresh], low_cpu_mem_usage=False)
+    diffusion.install(tiny, fresh)
     again = diffusion.adapter_weights(tiny)
     for kind in fresh:
         assert fresh[kind].keys() == again[kind].keys()

@@ -40,7 +40,7 @@ def main():
     torch.manual_seed(0)
     unet = diffusion.build(UNet2DConditionModel, "unet")
     encoder = diffusion.ImageEncoder().requires_grad_(True)
-    unet._load_ip_adapter_weights([diffusion.fresh_adapter(unet)], low_cpu_mem_usage=False)
+    diffusion.install(unet, diffusion.fresh_adapter(unet))
     whole = Whole(encoder, unet).requires_grad_(True)
     trainer = Trainer(whole, args, lr=3e-4, warmup=200)
     if args.minutes or args.decay:
@@ -76,6 +76,7 @@ def main():
             state |= {f"{kind}.{k}": v for k, v in part.items()}
         state = {k: v.detach().half().contiguous() for k, v in state.items()}
         save_file(state, HERE / "adapter.safetensors")
+        (HERE / "adapter.safetensors").chmod(0o644)
         record = dict(minutes=round(trainer.minutes), steps=trainer.step, images=trainer.seen)
         (HERE / "adapter.json").write_text(json.dumps({"training": record}, indent=1) + "\n")
 

@@ -158,6 +158,7 @@ def ship(name: str, model: nn.Module, **record) -> None:
     state = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
     save_file(state, HERE / f"{name}.safetensors")
     config = {k: v for k, v in model.config.items() if not k.startswith("_")}
+    (HERE / f"{name}.safetensors").chmod(0o644)
     (HERE / f"{name}.json").write_text(json.dumps({"config": config, **record}, indent=1) + "\n")
 
 
