@@ -1,6 +1,6 @@
 """Train the autoencoder of the shapes world: makes autoencoder.safetensors and autoencoder.json.
 
-    python data/diffusion/make_autoencoder.py [--minutes 15] [--scratch DIR] [--ship]
+    python data/diffusion/make_autoencoder.py [--minutes 26] [--decay 4] [--scratch DIR] [--ship]
 
 ``AutoencoderKL``, pictures of 64 × 64 to latents of 16 × 16 × 4, on drawings made as it goes.
 The loss is L1 on pixels, on their differences (edges, thin shapes) and a small divergence, which
@@ -53,7 +53,7 @@ def whiten(model: AutoencoderKL, pictures: torch.Tensor) -> None:
 
 
 def main():
-    args = arguments("autoencoder", 15, __doc__)
+    args = arguments("autoencoder", 26, __doc__)
     torch.manual_seed(0)
     model = AutoencoderKL(**CONFIG)
     torch.nn.init.constant_(model.quant_conv.bias[4:], -6.0)  # little noise, or nothing is learnt
