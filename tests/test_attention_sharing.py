@@ -1,8 +1,8 @@
 """Attention between pictures (lib/attention_sharing.py), on tiny random networks."""
 
 import pytest
+import tiny_diffusion
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 
 from lib import hooks
 from lib.attention_sharing import attending
@@ -10,33 +10,13 @@ from lib.errors import BookError
 
 
 def unet():
-    torch.manual_seed(1)
-    model = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=12,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    ).eval()
+    model = tiny_diffusion.unet(text=12)
     x, text = torch.randn(3, 4, 8, 8), torch.randn(3, 5, 12)
     return model, dict(sample=x, timestep=500, encoder_hidden_states=text, return_dict=False)
 
 
 def flow():
-    torch.manual_seed(1)
-    model = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        pooled_projection_dim=12,
-        axes_dims_rope=(2, 2, 4),
-    ).eval()
+    model = tiny_diffusion.flow(text=12, joint=2, single=2)
     ids = torch.cartesian_prod(torch.zeros(1), torch.arange(3.0), torch.arange(4.0))
     inputs = dict(
         hidden_states=torch.randn(3, 12, 16),

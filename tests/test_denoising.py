@@ -1,15 +1,14 @@
 """The sampler of lib/denoising.py against diffusers' own pipelines, on tiny random networks."""
 
 import pytest
+import tiny_diffusion
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
-    FluxTransformer2DModel,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
 
 from lib import denoising, diffusion, hooks, models
@@ -39,17 +38,7 @@ def text():
 
 
 def unet_pipe(text, prediction="epsilon", **settings):
-    torch.manual_seed(1)
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=384,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
+    unet = tiny_diffusion.unet(text=384)
     scheduler = DDIMScheduler(
         clip_sample=False, steps_offset=1, prediction_type=prediction, **settings
     )
@@ -60,17 +49,7 @@ def unet_pipe(text, prediction="epsilon", **settings):
 
 
 def flow_pipe(text, **settings):
-    torch.manual_seed(1)
-    transformer = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=384,
-        pooled_projection_dim=384,
-        axes_dims_rope=(2, 2, 4),
-    )
+    transformer = tiny_diffusion.flow(text=384, joint=1, single=1)
     scheduler = FlowMatchEulerDiscreteScheduler(**settings)
     pipe = FluxPipeline(scheduler, autoencoder(), text[0], text[1], text[0], text[1], transformer)
     return quiet(pipe)
