@@ -16,7 +16,7 @@ from lib.errors import BookError
 
 SIDE = 64  # pixels
 TOKENS = 32  # every caption is padded to this
-GUIDANCE = 3.0  # classifier-free
+GUIDANCE = 5.0  # classifier-free
 # The third of MiniLM's six layers knows best whose colour is whose: of captions that name two
 # things, a linear probe reads a noun's own colour 98 % right there and 90 % in the last layer, and
 # on which side of the other thing it lies 87 % against 62 %.
@@ -26,15 +26,21 @@ TEXT_LAYERS = 3
 class TextEncoder(nn.Module):
     """MiniLM's lower layers with the manners of the encoders that the pipelines expect.
 
-    A padded place is masked for the others, and its own state is zero: visible to the picture's
-    attention, with nothing to say.
+    Their states are whitened (``data/diffusion/make_text.py``). A padded place is masked for the
+    others, and its own state is zero: visible to the picture's attention, with nothing to say.
     """
 
-    def __init__(self, bert: nn.Module):
+    def __init__(self, bert: nn.Module, whitened: bool = True):
         super().__init__()
         bert.encoder.layer = bert.encoder.layer[:TEXT_LAYERS]
         self.bert = bert
         self.config = bert.config
+        width = bert.config.hidden_size
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("whiten", torch.eye(width))
+        if whitened:
+            for name, value in models.weights("diffusion/text.safetensors").items():
+                getattr(self, name).copy_(value)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -51,12 +57,12 @@ class TextEncoder(nn.Module):
 
         mask = input_ids != self.config.pad_token_id if attention_mask is None else attention_mask
         states = self.bert(input_ids, attention_mask=mask.long()).last_hidden_state
-        states = states * mask[..., None]
+        states = (states - self.mean) @ self.whiten * mask[..., None]
         pooled = states.sum(1) / mask.sum(1, keepdim=True)
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
 
 
-def text_encoder():
+def text_encoder(whitened: bool = True):
     """(encoder, tokenizer): ``TextEncoder`` on the CPU, and MiniLM's tokenizer cut at ``TOKENS``.
 
     The tokenizer pads to no more than ``TOKENS``, whatever a pipeline asks for: ``FluxPipeline``
@@ -70,7 +76,7 @@ def text_encoder():
 
     tokenizer.__class__ = type(kind.__name__, (kind,), {"__call__": short})
     tokenizer.model_max_length = TOKENS
-    return TextEncoder(bert).eval().requires_grad_(False), tokenizer
+    return TextEncoder(bert, whitened).eval().requires_grad_(False), tokenizer
 
 
 def read(name: str) -> dict:

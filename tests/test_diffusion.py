@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from lib import diffusion, hooks, shapes
+from lib import diffusion, hooks, shapes, shapes_score, shapes_text
 from lib.errors import BookError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data" / "diffusion"))
@@ -63,6 +63,13 @@ def test_hooks_see_attention_from_picture_to_text(name):
         assert {a.shape[2] for a in acts.values()} == {diffusion.TOKENS + 64}
     for pattern in acts.values():
         assert torch.allclose(pattern.sum(-1), torch.ones(()), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["unet"])
+def test_the_shipped_samplers_draw_the_one_thing_that_is_asked_for(name):
+    prompts = shapes_text.prompts("single", 16, seed=5)
+    rows = shapes_score.score(diffusion.draw(diffusion.pipeline(name, "cpu"), prompts, 5), prompts)
+    assert sum(bool(row["things"][0]["both"]) for row in rows) >= 14
 
 
 def test_an_unknown_pipeline_is_named_in_one_line():

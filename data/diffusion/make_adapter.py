@@ -6,22 +6,68 @@ IP-Adapter (Ye et al., arXiv 2308.06721): the U-Net stays as it is, every cross-
 and values of its own for four tokens that a projection makes of a picture's embedding. As there,
 the picture is the training picture itself, its ground included, and caption, picture or both are
 dropped now and then. No vision model comes with the book, so that the encoder, a small
-convolutional net, is trained along.
+convolutional net, is trained along, and has to say from its embedding what lies where, too.
+A third of the pictures shows one of the subjects 1,000 to 1,259 of ``lib.shapes_subjects``, whose
+two colours the caption leaves out: what tells them can only be the picture. Tests keep to the first
+thousand.
 """
 
 import json
+import random
 
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
-from scenes import Scenes
+from scenes import KINDS, SHARD, Reader, Scenes, states
 from torch import nn
 from training import HERE, Trainer, arguments, attention, spread
 
-from lib import diffusion
+from lib import diffusion, shapes, shapes_subjects
 
-BATCH, SHARDS = 32, 8
+BATCH, SHARDS = 32, 4
+NAMING = 0.1  # weight of the embedding's second task
+
+
+def subject_layout(subject, picture: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """As ``scenes.layout``, of a subject: each pixel has the nearer of its two colours."""
+    pair = (subject.colour, subject.second)
+    tones = torch.tensor([shapes.COLOURS[colour] for colour in pair])[:, :, None, None]
+    far = (picture - tones).square().sum(1)
+    parts = torch.stack([far[0] <= far[1], far[0] > far[1]]) * mask
+    cells = lambda x: x.unflatten(1, (8, 8)).unflatten(0, (8, 8)).mean((1, 3))  # noqa: E731
+    found = torch.zeros(sum(len(names) + 1 for names in KINDS), 8, 8)
+    shape, colour = 1 + len(KINDS[0]), 1 + len(KINDS[1])
+    found[1 + KINDS[0].index(subject.shape)] = cells(mask)
+    for name, part in zip(pair, parts, strict=True):
+        found[shape + 1 + list(KINDS[1]).index(name)] += cells(part)
+    found[shape + colour + 1 + KINDS[2].index("plain")] = cells(mask)
+    for start in (0, shape, shape + colour):
+        found[start] = 1 - cells(mask)
+    return (found.clamp(0, 1) * 255).round().byte()
+
+
+@torch.no_grad()
+def subject_shard(seed: int = 0, n: int = SHARD // 2) -> dict[str, torch.Tensor]:
+    """A shard of pictures of subjects, with captions that name shape and background."""
+    rng, vae, grounds = random.Random(seed), diffusion.autoencoder(), list(shapes.BACKGROUNDS)
+    pictures, layouts, captions, latents = [], [], [], []
+    for i in range(n):
+        subject, ground = shapes_subjects.subject(rng.randrange(1000, 1260)), rng.choice(grounds)
+        scale = rng.choice(("medium", "large"))
+        picture, mask = shapes_subjects.reference(subject, seed * n + i, ground, scale=scale)
+        where = "" if ground == "white" else f" {rng.choice(shapes.SAID[ground])}"
+        captions.append(f"a {subject.shape}{where}")
+        layouts.append(subject_layout(subject, picture, mask))
+        pictures.append((picture * 255).round().byte())
+    for part in torch.stack(pictures).split(64):
+        with torch.autocast("cpu", torch.bfloat16):
+            latents.append(vae.encode(part / 127.5 - 1).latent_dist.mean.half())
+    rows, begin = states(captions)
+    return {
+        "states": rows, "begin": begin, "latents": torch.cat(latents),
+        "layouts": torch.stack(layouts), "pictures": torch.stack(pictures),
+    }  # fmt: skip
 
 
 class Whole(nn.Module):
@@ -30,6 +76,8 @@ class Whole(nn.Module):
     def __init__(self, encoder, unet):
         super().__init__()
         self.encoder, self.projection = encoder, unet.encoder_hid_proj
+        self.spread = nn.Linear(diffusion.EMBED, 64 * 32)  # over the places that the reader names
+        self.reader = Reader(32)
         self.processors = nn.ModuleList(
             p for p in unet.attn_processors.values() if isinstance(p, nn.Module)
         )
@@ -42,31 +90,31 @@ def main():
     encoder = diffusion.ImageEncoder().requires_grad_(True)
     diffusion.install(unet, diffusion.fresh_adapter(unet))
     whole = Whole(encoder, unet).requires_grad_(True)
-    trainer = Trainer(whole, args, lr=3e-4, warmup=200)
+    trainer = Trainer(whole, args, lr=1e-3, warmup=200, muon=True)
     if args.minutes or args.decay:
         F.scaled_dot_product_attention = attention
-        scenes = Scenes(args.scratch.parent / "scenes", SHARDS)
-        vae = diffusion.autoencoder()
+        scenes = Scenes(args.scratch.parent / "scenes", SHARDS, pictures=True)
+        scenes.parts += 2 * [subject_shard()]
         signal = DDIMScheduler.from_config(diffusion.read("unet")["scheduler"]).alphas_cumprod
 
         def loss_of(step):
             g = torch.Generator().manual_seed(step)
-            x, text, _ = scenes.batch(BATCH, g, drop=0.1)
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                pictures = vae.decode(x).sample.float().clamp(-1, 1) / 2 + 0.5
+            x, text, _, layouts, pictures = scenes.batch(BATCH, g, drop=0.3)
             t = (spread(BATCH, g) * 1000).long()
             noise = torch.randn(x.shape, generator=g)
             seen = (torch.rand(BATCH, 1, generator=g) > 0.1).float()
             a = signal[t][:, None, None, None]
             with torch.autocast("cpu", torch.bfloat16):
-                embeds = encoder(pictures).image_embeds * seen  # a dropped picture is zero
+                embeds = encoder(pictures / 255).image_embeds
+                named = whole.reader(whole.spread(embeds).unflatten(1, (64, 32)), layouts)
+                embeds = embeds * seen  # a dropped picture is zero
                 v = unet(
                     a.sqrt() * x + (1 - a).sqrt() * noise, t, text, return_dict=False,
                     added_cond_kwargs={"image_embeds": [embeds[:, None]]},
                 )[0]  # fmt: skip
             error = (v.float() - (a.sqrt() * noise - (1 - a).sqrt() * x)).square().mean((1, 2, 3))
             snr = signal[t] / (1 - signal[t])
-            return (error * (5 / (snr + 1)).clamp(max=1)).mean(), BATCH
+            return (error * (5 / (snr + 1)).clamp(max=1)).mean() + NAMING * named, BATCH
 
         trainer.run(loss_of)
     trainer.mean()

@@ -57,7 +57,7 @@ def make_pairs(folder: Path, wanted: int, scenes: Scenes, args) -> list[dict]:
         g = torch.Generator().manual_seed(1_000_000 + i)
         kept: dict[str, list[Tensor]] = {"noise": [], "end": [], "text": []}
         for _ in range(FILE // 64):
-            _, text, _ = scenes.batch(64, g, drop=0)
+            _, text, *_ = scenes.batch(64, g, drop=0)
             noise = torch.randn(64, 4, 16, 16, generator=g)
             found = noise, ends(run, scheduler, noise, text, empty), text
             for name, value in zip(kept, found, strict=True):

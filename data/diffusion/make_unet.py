@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from look import look
-from scenes import Scenes
+from scenes import Reader, Scenes
+from torch import nn
 from training import Trainer, arguments, attention, compiled, ship, spread
 
 from lib import diffusion
 
 BATCH, SHARDS = 32, 8
+NAMING = 0.1  # weight of the second task, to name what the middle's states show
 CONFIG = dict(
     sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64, 128),
     layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",) * 2,
@@ -47,9 +49,10 @@ def fresh() -> UNet2DConditionModel:
 def main():
     args = arguments("unet", 600, __doc__)
     model = fresh()
-    trainer = Trainer(model, args, lr=1e-3)
+    whole = nn.ModuleDict({"model": model, "reader": Reader(CONFIG["block_out_channels"][-1])})
+    trainer = Trainer(whole, args, lr=1e-3, muon=True)
     if args.look:
-        pipe = diffusion.assemble("unet", trainer.mean(), DDIMScheduler(**SCHEDULER))
+        pipe = diffusion.assemble("unet", trainer.mean()["model"], DDIMScheduler(**SCHEDULER))
         print(json.dumps(look(pipe, args.look, args.scratch, trainer.step)))
         return
     if args.minutes or args.decay:
@@ -57,28 +60,33 @@ def main():
         scenes = Scenes(args.scratch.parent / "scenes", SHARDS)
         signal = DDIMScheduler(**SCHEDULER).alphas_cumprod
 
+        hidden = {}
+        model.mid_block.register_forward_hook(lambda _, __, out: hidden.update(mid=out))
+
         def predict(x, t, text):
-            return model(x, t, text, return_dict=False)[0]
+            return model(x, t, text, return_dict=False)[0], hidden["mid"].flatten(2).mT
 
         predict = compiled(predict, args)
 
         def loss_of(step):
             g = torch.Generator().manual_seed(step)
-            x, text, _ = scenes.batch(BATCH, g)
+            x, text, _, layouts, _ = scenes.batch(BATCH, g)
             t = (spread(BATCH, g) * 1000).long()
             noise = torch.randn(x.shape, generator=g)
             a = signal[t][:, None, None, None]
             with torch.autocast("cpu", torch.bfloat16):
-                v = predict(a.sqrt() * x + (1 - a).sqrt() * noise, t, text)
+                v, mid = predict(a.sqrt() * x + (1 - a).sqrt() * noise, t, text)
+                named = whole["reader"](mid, layouts)
             error = (v.float() - (a.sqrt() * noise - (1 - a).sqrt() * x)).square().mean((1, 2, 3))
             snr = signal[t] / (1 - signal[t])
             # min-SNR weights, 5, in terms of v: nothing is lost where noise prevails.
-            return (error * (5 / (snr + 1)).clamp(max=1)).mean(), BATCH
+            error = (error * (5 / (snr + 1)).clamp(max=1)).mean()
+            return error + NAMING * named, BATCH
 
         trainer.run(loss_of)
     if args.ship:
         record = dict(minutes=round(trainer.minutes), steps=trainer.step, images=trainer.seen)
-        ship("unet", trainer.mean(), scheduler=SCHEDULER, training=record)
+        ship("unet", trainer.mean()["model"], scheduler=SCHEDULER, training=record)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,16 @@ Made once, in shards of a scratch folder: each holds 16,384 scenes, the wide one
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib import diffusion, shapes
 
 SHARD, WIDE = 16_384, 8_192
+KINDS = (shapes.SHAPES, shapes.COLOURS, shapes.TEXTURES)
 
 
 def wide(n: int, seed: int):
@@ -46,10 +48,10 @@ def wide(n: int, seed: int):
 
 
 @torch.no_grad()
-def states(captions: list[str], batch: int = 256) -> tuple[Tensor, Tensor]:
+def states(captions: list[str], batch: int = 256, whitened: bool = True) -> tuple[Tensor, Tensor]:
     """States float16 [tokens of all captions, 384] without the padding, and where each begins
     int64 [n + 1]; captions that recur are read once."""
-    encoder, tokenizer = diffusion.text_encoder()
+    encoder, tokenizer = diffusion.text_encoder(whitened)
     unique = sorted(set(captions), key=lambda c: (len(c), c))
     found: dict[str, Tensor] = {}
     for start in range(0, len(unique), batch):
@@ -86,8 +88,58 @@ def make_latents(path: Path, seed: int, is_wide: bool) -> None:
         part = painted[start : start + 64]
         halves = zip(*part, strict=True) if is_wide else [part]
         pixels = torch.cat([shapes.pictures(half) for half in halves], 3)
-        latents.append(encoder.encode(pixels * 2 - 1).latent_dist.mean.half())
+        with torch.autocast("cpu", torch.bfloat16):
+            latents.append(encoder.encode(pixels * 2 - 1).latent_dist.mean.half())
     _write(path, {"latents": torch.cat(latents)})
+
+
+def layout(scene: shapes.Scene) -> Tensor:
+    """What lies where on a grid of 8 × 8: shares of each shape, colour and texture, and of none
+    of them, uint8 [21, 8, 8], 255 for all of a cell."""
+    _, masks = shapes.draw(scene)
+    covers = masks.unflatten(2, (8, 8)).unflatten(1, (8, 8)).mean((2, 4))
+    found = []
+    for names, kind in zip(KINDS, ("shape", "colour", "texture"), strict=True):
+        shares = torch.zeros(len(names) + 1, 8, 8)
+        for thing, cover in zip(scene.things, covers, strict=True):
+            shares[1 + list(names).index(getattr(thing, kind))] += cover
+        shares[0] = 1 - shares.sum(0)
+        found.append(shares)
+    return (torch.cat(found).clamp(0, 1) * 255).round().byte()
+
+
+def make_layouts(path: Path, seed: int, is_wide: bool) -> None:
+    painted, _ = scenes_of(seed, is_wide)
+    if is_wide:
+        rows = [torch.cat([layout(half) for half in pair], 2) for pair in painted]
+    else:
+        rows = [layout(scene) for scene in painted]
+    _write(path, {"layouts": torch.stack(rows)})
+
+
+class Reader(nn.Module):
+    """Says from a sampler's inner states what lies where: a second task, in training alone.
+
+    Learning to generate is slow to find out what the words are about; to name what a hidden state
+    shows, beside it, speeds that up (as REPA does with a vision model's features, Yu et al.,
+    arXiv 2410.06940). Here the scene itself is known.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 128), nn.SiLU(), nn.Linear(128, 21)
+        )
+
+    def forward(self, hidden: Tensor, layouts: Tensor) -> Tensor:
+        """Cross-entropy, nats a cell, of states [n, places, width] and layouts [n, 21, h, w]."""
+        shares = layouts.flatten(2).mT.float() / 255
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        said = self.layers(hidden).float()
+        sizes = [len(names) + 1 for names in KINDS]
+        for guess, share in zip(said.split(sizes, 2), shares.split(sizes, 2), strict=True):
+            loss = loss - (share * guess.log_softmax(2)).sum(2).mean()
+        return loss
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -96,15 +148,37 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     part.replace(path)
 
 
+@torch.no_grad()
+def make_pictures(path: Path, seed: int, is_wide: bool) -> None:
+    pixels = shapes.pictures(scenes_of(seed, is_wide)[0])
+    _write(path, {"pictures": (pixels * 255).round().byte()})
+
+
+MAKERS = {"states": make_states, "latents": make_latents, "layouts": make_layouts}
+
+
+class Batch(NamedTuple):
+    """Latents [n, 4, 16, 16 or 32], states [n, TOKENS, 384], their mean [n, 384], float32; layouts
+    and, where they were asked for, pictures [n, 3, 64, 64], uint8."""
+
+    latents: Tensor
+    text: Tensor
+    pooled: Tensor
+    layouts: Tensor
+    pictures: Tensor | None
+
+
 class Scenes:
     """``shards`` shards, or the wide one, in ``folder``; made if missing."""
 
-    def __init__(self, folder: Path, shards: int = 1, wide: bool = False):
+    def __init__(self, folder: Path, shards: int = 1, wide: bool = False, pictures: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
         self.parts = []
         for seed in range(1 if wide else shards):
             part = {}
-            for kind, make in (("states", make_states), ("latents", make_latents)):
+            for kind, make in (
+                MAKERS | {"pictures": make_pictures} if pictures else MAKERS
+            ).items():
                 path = folder / f"{'wide' if wide else seed}_{kind}.safetensors"
                 if not path.exists():
                     make(path, seed, wide)
@@ -114,9 +188,8 @@ class Scenes:
         ids = tokenizer("", return_tensors="pt").input_ids
         self.empty = encoder(ids).last_hidden_state[0]
 
-    def batch(self, n: int, g: torch.Generator, drop: float = 0.1):
-        """Latents [n, 4, 16, 16 or 32], states [n, TOKENS, 384] and their mean [n, 384], float32;
-        one caption in ten is empty, for guidance."""
+    def batch(self, n: int, g: torch.Generator, drop: float = 0.1) -> Batch:
+        """Scenes of one shard at random; the caption of ``drop`` of them is empty, for guidance."""
         which = torch.randint(len(self.parts), (1,), generator=g).item()
         part = self.parts[which]
         rows = torch.randint(len(part["latents"]), (n,), generator=g)
@@ -127,4 +200,5 @@ class Scenes:
             own = self.empty if gone[i] else part["states"][a:b].float()
             text[i, : len(own)] = own
             pooled[i] = own.mean(0)
-        return part["latents"][rows].float(), text, pooled
+        pictures = part["pictures"][rows] if "pictures" in part else None
+        return Batch(part["latents"][rows].float(), text, pooled, part["layouts"][rows], pictures)

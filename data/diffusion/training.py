@@ -25,6 +25,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 from lib import checkpoint  # noqa: E402
 
 SAVE_SECONDS, LOG_SECONDS = 100, 30
+MUON = 5.0  # times the rate of AdamW, whose steps, though bounded by the same, are longer at first
 
 
 def arguments(name: str, minutes: float, doc: str) -> argparse.Namespace:
@@ -69,13 +70,24 @@ class Trainer:
     constant phase has come, in a file of its own, so that either can go on.
     """
 
-    def __init__(self, model, args, lr, ema=0.999, warmup=400, betas=(0.9, 0.99), decay=0.01):
+    def __init__(self, model, args, lr, ema=0.999, warmup=400, betas=(0.9, 0.99), decay=0.01,
+                 muon=False):  # fmt: skip
         self.model, self.lr, self.rate, self.warmup = model, lr, ema, warmup
         self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        flat = [p for p in model.parameters() if p.ndim < 2]
-        deep = [p for p in model.parameters() if p.ndim >= 2]
-        groups = [dict(params=deep, weight_decay=decay), dict(params=flat, weight_decay=0.0)]
-        self.optimiser = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+        kinds: dict[int, list] = {1: [], 2: [], 4: []}
+        for p in model.parameters():
+            kinds[2 if muon and p.ndim == 2 else 1 if p.ndim < 2 else 4].append(p)
+        groups = [
+            dict(params=kinds[4], weight_decay=decay),
+            dict(params=kinds[1], weight_decay=0.0),
+        ]
+        self.optimisers = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
+        if kinds[2]:  # matrices; its steps are made as long as AdamW's
+            self.optimisers.append(
+                torch.optim.Muon(
+                    kinds[2], lr=MUON * lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+                )
+            )
         self.step, self.seen, self.minutes, self.losses = 0, 0, 0.0, []
         self.decay = args.decay
         self.falling = 0.0  # minutes of the decay phase so far
@@ -92,15 +104,16 @@ class Trainer:
     def _read(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         self.ema = state["ema"]
-        self.optimiser.load_state_dict(state["optimiser"])
+        for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(kept)
         for key in ("step", "seen", "minutes", "falling", "losses"):
             setattr(self, key, state[key])
 
     def save(self) -> None:
         checkpoint.save(self.path, {
             "model": self.model.state_dict(), "ema": self.ema, "step": self.step,
-            "optimiser": self.optimiser.state_dict(), "seen": self.seen, "minutes": self.minutes,
-            "falling": self.falling, "losses": self.losses[-5000:],
+            "optimisers": [o.state_dict() for o in self.optimisers], "seen": self.seen,
+            "minutes": self.minutes, "falling": self.falling, "losses": self.losses[-5000:],
         })  # fmt: skip
 
     def run(self, loss_of) -> None:
@@ -111,14 +124,21 @@ class Trainer:
         first, at, recent = self.step, self.seen, []
         while self.minutes < self.until:
             fall = 1 - self.falling / self.decay if self.decay else 1.0
-            for group in self.optimiser.param_groups:
-                group["lr"] = self.lr * min(1.0, (self.step + 1) / self.warmup) * max(fall, 0.01)
+            for group in (g for o in self.optimisers for g in o.param_groups):
+                group["lr"] = (
+                    (MUON if "momentum" in group else 1)
+                    * self.lr
+                    * min(1.0, (self.step + 1) / self.warmup)
+                    * max(fall, 0.01)
+                )
             loss, images = loss_of(self.step)
-            self.optimiser.zero_grad(set_to_none=True)
+            for optimiser in self.optimisers:
+                optimiser.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             if math.isfinite(float(norm)):
-                self.optimiser.step()
+                for optimiser in self.optimisers:
+                    optimiser.step()
             self.step, self.seen = self.step + 1, self.seen + images
             keep = min(self.rate, (1 + self.step) / (10 + self.step))
             with torch.no_grad():

@@ -1,0 +1,91 @@
+"""Score the samplers on prompts of every kind, three seeds: makes scores.json.
+
+    python data/diffusion/make_scores.py [--seeds 3] [--threads 2] [--only unet]
+
+Shares are of pictures but for ``things`` and ``leak``, which are of things that were asked for;
+``agree`` is the share of the scorer's sure things that ``lib.shapes_reader`` sees alike.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+from lib import diffusion, shapes_reader, shapes_score, shapes_text  # noqa: E402
+
+KINDS = dict(single=72, two=72, three=24, relation=24, count=24, background=24, size=24, texture=24)
+HOW = {
+    "unet": {},
+    "unet-fast": dict(steps=4, guidance=1.0),
+    "flow": {},
+}
+
+
+def agree(images, seen) -> tuple[int, int]:
+    """Of the things that the scorer is sure of: how many the reader sees at the same place with
+    the same shape and colour, and how many there are."""
+    same = total = 0
+    for mine, other in zip(seen, shapes_reader.look(images), strict=True):
+        for thing in mine.things:
+            if thing.shape is None or thing.colour is None:
+                continue
+            total += 1
+            same += any(
+                t.shape == thing.shape
+                and t.colour == thing.colour
+                and abs(t.x - thing.x) + abs(t.y - thing.y) < 0.15
+                for t in other.things
+            )
+    return same, total
+
+
+def measure(pipe, kind: str, n: int, seed: int, **how) -> dict:
+    prompts = shapes_text.prompts(kind, n, 100 + seed)
+    images = diffusion.draw(pipe, prompts, 100 + seed, **how)
+    rows = shapes_score.score(images, prompts)
+    things = [thing for row in rows for thing in row["things"]]
+    same, total = agree(images, [row["seen"] for row in rows])
+    found = {
+        "all": np.mean([bool(row["all"]) for row in rows]),
+        "things": np.mean([bool(thing["both"]) for thing in things]),
+        "missing": np.mean([row["missing"] > 0 for row in rows]),
+        "extra": np.mean([row["extra"] > 0 for row in rows]),
+        "swapped": np.mean([bool(row["swapped"]) for row in rows]),
+        "leak": np.mean([thing["leak"] or 0.0 for thing in things]),
+        "sure": np.mean([bool(row["sure"]) for row in rows]),
+        "agree": same / max(total, 1),
+    }
+    return {key: round(float(value), 4) for key, value in found.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=HOW)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    path = HERE / "scores.json"
+    kept = json.loads(path.read_text())["rows"] if path.exists() and args.only else []
+    rows = [row for row in kept if row["sampler"] != args.only]
+    for name in [args.only] if args.only else HOW:
+        if not (HERE / f"{name.replace('-', '_')}.json").exists():
+            continue
+        pipe = diffusion.pipeline(name)
+        for kind, n in KINDS.items():
+            for seed in range(args.seeds):
+                found = measure(pipe, kind, n, seed, **HOW[name])
+                rows.append({"sampler": name, "kind": kind, "seed": seed, "prompts": n, **found})
+            print(name, kind, rows[-1], flush=True)
+    rows.sort(key=lambda row: (list(HOW).index(row["sampler"]), list(KINDS).index(row["kind"])))
+    text = ",\n  ".join(map(json.dumps, rows))
+    path.write_text(f'{{"rows": [\n  {text}\n]}}\n')
+
+
+if __name__ == "__main__":
+    main()
