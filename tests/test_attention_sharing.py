@@ -147,3 +147,24 @@ def test_the_models_own_processors_come_back_on_any_exit(made):
     assert sum(len(m._forward_pre_hooks) for m in model.modules()) == hooks_before
     with pytest.raises(BookError, match="block 99; it is in 0, 1"), attending(model, plain, [99]):
         pass
+
+
+def test_one_sharing_inside_another_has_its_turn_and_then_gives_it_back(made):
+    model, inputs = made
+    met = []
+
+    def noting(a):
+        met.append("outer")
+        return plain(a)
+
+    def inner(a):
+        met.append("inner")
+        return plain(a)
+
+    with attending(model, noting):
+        with attending(model, inner):
+            out(model, inputs)
+        assert set(met) == {"inner"}
+        met.clear()
+        out(model, inputs)
+    assert set(met) == {"outer"}

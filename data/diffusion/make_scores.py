@@ -71,8 +71,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     path = HERE / "scores.json"
-    kept = json.loads(path.read_text())["rows"] if path.exists() and args.only else []
-    rows = [row for row in kept if row["sampler"] != args.only]
+    rows = []
     for name in [args.only] if args.only else HOW:
         if not (HERE / f"{name.replace('-', '_')}.json").exists():
             continue
@@ -82,6 +81,8 @@ def main():
                 found = measure(pipe, kind, n, seed, **HOW[name])
                 rows.append({"sampler": name, "kind": kind, "seed": seed, "prompts": n, **found})
             print(name, kind, rows[-1], flush=True)
+    if args.only and path.exists():
+        rows += [r for r in json.loads(path.read_text())["rows"] if r["sampler"] != args.only]
     rows.sort(key=lambda row: (list(HOW).index(row["sampler"]), list(KINDS).index(row["kind"])))
     text = ",\n  ".join(map(json.dumps, rows))
     path.write_text(f'{{"rows": [\n  {text}\n]}}\n')
