@@ -1,6 +1,6 @@
 """The same subjects in another picture: makes ir_diffusion_rows.json.
 
-    python data/attention_control/make_ir_diffusion.py [--seeds 0 1 2] [--prompts 48]
+    python data/attention_control/make_ir_diffusion.py [--seeds 0 1 2] [--prompts 24]
 
 A drawn reference shows two, three or four things whose textures and sizes no prompt tells; a target
 asks for the same things by colour and shape. A rehearsal without sharing says where the subjects
@@ -383,7 +383,7 @@ def run(pipe, some: list[Case], seed: int, chosen: dict, subjects=False) -> list
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--prompts", type=int, default=48, help="a seed, six pictures each")
+    parser.add_argument("--prompts", type=int, default=24, help="a seed, six pictures each")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--models", nargs="+", default=["unet", "flow"])
     parser.add_argument(
