@@ -3,6 +3,7 @@
 The samplers here are untrained: what is tested holds for any weights.
 """
 
+import re
 import sys
 from argparse import Namespace
 from functools import cache
@@ -13,10 +14,11 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from lib import diffusion, hooks, shapes, shapes_score, shapes_text
+from lib import denoising, diffusion, hooks, models, shapes, shapes_score, shapes_text
 from lib.errors import BookError
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "data" / "diffusion"))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "data" / "diffusion"))
 
 
 @cache
@@ -70,6 +72,23 @@ def test_the_shipped_samplers_draw_the_one_thing_that_is_asked_for(name, least):
     prompts = shapes_text.prompts("single", 16, seed=5)
     rows = shapes_score.score(diffusion.draw(diffusion.pipeline(name, "cpu"), prompts, 5), prompts)
     assert sum(bool(row["things"][0]["both"]) for row in rows) >= least
+
+
+def test_the_fast_sampler_draws_in_four_steps_without_guidance():
+    prompts, pipe = (
+        shapes_text.prompts("single", 16, seed=5),
+        diffusion.pipeline("unet-fast", "cpu"),
+    )
+    drawn = diffusion.draw(pipe, prompts, 5, steps=4, guidance=1.0)
+    assert sum(bool(row["things"][0]["both"]) for row in shapes_score.score(drawn, prompts)) >= 13
+
+
+@pytest.mark.parametrize("name", diffusion.PIPELINES)
+def test_the_maker_that_a_missing_model_is_told_to_come_from_is_there(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "DATA", tmp_path)
+    with pytest.raises(BookError, match="make_") as told:
+        diffusion.pipeline(name, "cpu")
+    assert (ROOT / re.search(r"data/diffusion/make_\w+\.py", str(told.value))[0]).is_file()
 
 
 def test_an_unknown_pipeline_is_named_in_one_line():
@@ -130,6 +149,27 @@ def test_an_adapter_goes_into_the_form_of_ip_adapter_and_back():
         )  # fmt: skip
     widths = {a.shape[-1] for steps in acts.values() for a in steps}
     assert widths == {diffusion.TOKENS, 4}
+
+
+def test_the_shipped_adapter_brings_the_colour_that_the_prompt_leaves_out():
+    pipe = diffusion.add_adapter(diffusion.pipeline("unet", "cpu"))
+    prompts = [f"a {colour} square" for colour in shapes.COLOURS]
+    things = [shapes.Thing("square", colour, "large") for colour in shapes.COLOURS]
+    with torch.no_grad():
+        seen = pipe.image_encoder(shapes.pictures([shapes.Scene((t,)) for t in things]))
+    noise = denoising.noise(len(prompts), 2)
+
+    def right(embeds):
+        embeds = torch.cat([torch.zeros_like(embeds), embeds])[:, None]
+        den = denoising.Denoiser(
+            pipe, ["a square"] * len(prompts), diffusion.GUIDANCE,
+            added_cond_kwargs={"image_embeds": [embeds]},
+        )  # fmt: skip
+        drawn = den.decode(denoising.sample(den, noise, denoising.levels(pipe, 12)))
+        return sum(bool(row["things"][0]["both"]) for row in shapes_score.score(drawn, prompts))
+
+    assert right(seen.image_embeds) >= 6
+    assert right(torch.zeros_like(seen.image_embeds)) <= 3  # chance is one
 
 
 def test_training_goes_on_where_it_was_cut(tmp_path):

@@ -1,6 +1,6 @@
 """Score the samplers on prompts of every kind, three seeds: makes scores.json.
 
-    python data/diffusion/make_scores.py [--seeds 3] [--threads 2] [--only unet]
+    python data/diffusion/make_scores.py [--seeds 3] [--threads 2] [--only unet-fast]
 
 Shares are of pictures but for ``things`` and ``leak``, which are of things that were asked for;
 ``agree`` is the share of the scorer's sure things that ``lib.shapes_reader`` sees alike.
@@ -19,11 +19,10 @@ sys.path.insert(0, str(HERE.parents[1]))
 from lib import diffusion, shapes_reader, shapes_score, shapes_text  # noqa: E402
 
 KINDS = dict(single=72, two=72, three=24, relation=24, count=24, background=24, size=24, texture=24)
-HOW = {
-    "unet": {},
-    "unet-fast": dict(steps=4, guidance=1.0),
-    "flow": {},
-}
+FEW = ("single", "two")  # kinds of prompts for few steps
+STEPS = {"unet": (20, 8, 4, 2), "unet-fast": (4, 2, 1), "flow": (20,)}
+FULL = 20  # steps from which on all kinds are scored
+UNGUIDED = ("unet-fast",)  # their guidance is in the weights
 
 
 def agree(images, seen) -> tuple[int, int]:
@@ -67,23 +66,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", choices=HOW)
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     path = HERE / "scores.json"
     rows = []
-    for name in [args.only] if args.only else HOW:
-        if not (HERE / f"{name.replace('-', '_')}.json").exists():
-            continue
+    for name in args.only:
         pipe = diffusion.pipeline(name)
-        for kind, n in KINDS.items():
-            for seed in range(args.seeds):
-                found = measure(pipe, kind, n, seed, **HOW[name])
-                rows.append({"sampler": name, "kind": kind, "seed": seed, "prompts": n, **found})
-            print(name, kind, rows[-1], flush=True)
-    if args.only and path.exists():
-        rows += [r for r in json.loads(path.read_text())["rows"] if r["sampler"] != args.only]
-    rows.sort(key=lambda row: (list(HOW).index(row["sampler"]), list(KINDS).index(row["kind"])))
+        for steps in STEPS[name]:
+            how = dict(steps=steps, guidance=1.0 if name in UNGUIDED else None)
+            for kind in KINDS if steps >= FULL else FEW:
+                for seed in range(args.seeds):
+                    row = {"sampler": name, "steps": steps, "kind": kind, "seed": seed}
+                    row["prompts"] = KINDS[kind]
+                    rows.append(row | measure(pipe, kind, row["prompts"], seed, **how))
+                print(rows[-1], flush=True)
+    if path.exists():
+        rows += [r for r in json.loads(path.read_text())["rows"] if r["sampler"] not in args.only]
+    order = {name: i for i, name in enumerate([*STEPS, *KINDS])}
+    rows.sort(key=lambda r: (order[r["sampler"]], -r["steps"], order[r["kind"]], r["seed"]))
     text = ",\n  ".join(map(json.dumps, rows))
     path.write_text(f'{{"rows": [\n  {text}\n]}}\n')
 
