@@ -227,7 +227,7 @@ def test_every_site_that_chapters_name_in_prose_is_on_the_page():
 
 
 MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$\s](?:[^$]*?[^$\s])?)\$", re.DOTALL)
-WORDS = re.compile(r"\\(?:text|mathrm|operatorname\*?|mathbb|textstyle)\s*\{[^}]*\}|\\begin\{\w+\}")
+WORDS = re.compile(r"\\(?:text|mathrm|operatorname\*?|mathbb|textstyle|begin|end)\s*\{[^}]*\}")
 # Signs of layout and arithmetic, which every reader of equations knows.
 KNOWN = set(
     r"""\qquad \quad \frac \tfrac \dfrac \cdot \times \sum \prod \max \min \log \exp \sqrt \top

@@ -363,7 +363,7 @@ def test_a_failed_run_keeps_what_it_had(book, capsys):
     for mode, error in (("fail", "ValueError: of it"), ("die", "Kernel died")):
         assert cli.main(["run", "toy", "-p", f"mode={mode}"]) == 1
         said = capsys.readouterr().err
-        facts = records(book)[-1]
+        facts = next(facts for facts in records(book) if facts["id"] in said)  # both in one second
         partial = f"runs/toy/{facts['id']}/notebook.ipynb"
         assert said.strip().splitlines()[-1].startswith("book: toy failed in cell 6 (Parameters): ")
         assert error in said and partial in said and "Traceback" not in said

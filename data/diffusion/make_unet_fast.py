@@ -1,6 +1,6 @@
 """Distil the U-Net to a few steps without guidance: makes unet_fast.safetensors and its json.
 
-    python data/diffusion/make_unet_fast.py [--pairs 8192] [--minutes 20] [--scratch DIR] [--ship]
+    python data/diffusion/make_unet_fast.py [--pairs 8192] [--minutes 18] [--scratch DIR] [--ship]
 
 Reflow (Liu, Gong and Liu, arXiv 2209.03003), with the U-Net's own v and schedule: the guided
 12-step DDIM sampler turns noise into latents, and a copy of the U-Net is trained on the straight
@@ -89,7 +89,7 @@ def main():
         at = sys.argv.index("--pairs")
         wanted = int(sys.argv[at + 1])
         del sys.argv[at : at + 2]
-    args = arguments("unet_fast", 20, __doc__)
+    args = arguments("unet_fast", 18, __doc__)
     scheduler = DDIMScheduler.from_config(diffusion.read("unet")["scheduler"])
     model = diffusion.build(UNet2DConditionModel, "unet").requires_grad_(True)
     trainer = Trainer(model, args, lr=3e-4, warmup=100)
