@@ -8,15 +8,13 @@ shape alone, and take their style from a drawn picture. One row a seed, a varian
 that the scratch folder holds are not made again. About 10 minutes of one thread.
 """
 
-import argparse
-import json
 import random
 import sys
-import tempfile
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import own_rows
 import torch
 from torch import Tensor
 
@@ -272,31 +270,18 @@ def rounded(rows: list[dict]) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--prompts", type=int, default=72, help="a seed; a multiple of 18")
+    parser = own_rows.arguments(__doc__, "aligned_gen", 72, "a seed; a multiple of 18")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--guidance", type=float, default=diffusion.GUIDANCE)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "aligned_gen")
-    parser.add_argument("--out", type=Path, default=HERE / "aligned_gen_rows.json")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    args.scratch.mkdir(parents=True, exist_ok=True)
+    args = own_rows.begin(parser, argv)
     pipe, rows = diffusion.pipeline("flow"), []
     for seed in args.seeds:
         for i, variant in enumerate(VARIANTS):
             kept = args.scratch / f"{args.prompts}_{args.steps}_{seed}_{i}.json"
-            if not kept.exists():
-                kept.write_text(json.dumps(one(pipe, variant, seed, args)))
-            rows += json.loads(kept.read_text())
+            rows += own_rows.once(kept, lambda v=variant, s=seed: one(pipe, v, s, args))
             print(*rounded(rows[-2:]), sep="\n", flush=True)
-    lines = ",\n".join(json.dumps(row) for row in rounded(rows))
-    head = json.dumps({"steps": args.steps, "guidance": args.guidance, "prompts": args.prompts})
-    args.out.write_text(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')
-    print(f"wrote {args.out.name} ({len(rows)} rows)")
+    head = {"steps": args.steps, "guidance": args.guidance, "prompts": args.prompts}
+    own_rows.write("aligned_gen", head, rounded(rows))
 
 
 if __name__ == "__main__":

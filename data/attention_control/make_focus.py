@@ -9,15 +9,14 @@ strength of each control comes from the same four tries on prompts of their own.
 model, method, kind of prompt and seed. What the scratch folder holds is not made again.
 """
 
-import argparse
 import json
 import math
 import sys
-import tempfile
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 
+import own_rows
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -367,18 +366,10 @@ def control_networks(pipe, strength: float, scratch: Path, iterations: int) -> t
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--prompts", type=int, default=72, help="a seed; a third for the U-Net")
+    parser = own_rows.arguments(__doc__, "attention_control", 72, "a seed; a third for the U-Net")
     parser.add_argument("--iterations", type=int, default=240, help="of adjoint matching")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--models", nargs="+", default=["flow", "unet"])
-    parser.add_argument(
-        "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "attention_control"
-    )
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    args.scratch.mkdir(parents=True, exist_ok=True)
+    args = own_rows.begin(parser, argv)
     rows, head = [], {"iterations": args.iterations, "prompts": train_prompts()}
     for kind in args.models:
         pipe = diffusion.pipeline(kind, "cpu")
@@ -418,9 +409,7 @@ def main(argv: list[str] | None = None) -> None:
                         kept.write_text(json.dumps(row))
                     rows.append(json.loads(kept.read_text()))
                     print(rows[-1], flush=True)
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    (HERE / "focus_rows.json").write_text(f'{json.dumps(head)[:-1]},\n"rows": [\n{lines}\n]}}\n')
-    print(f"wrote focus_rows.json ({len(rows)} rows)")
+    own_rows.write("focus", head, rows)
 
 
 if __name__ == "__main__":

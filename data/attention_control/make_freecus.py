@@ -9,15 +9,14 @@ a seed, a variant, a sort of subject and a kind of prompt; rows that the scratch
 not made again. About 11 minutes of one thread.
 """
 
-import argparse
 import json
 import math
 import random
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import own_rows
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -327,19 +326,10 @@ def aggregated(rows: list[dict]) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--prompts", type=int, default=72, help="a seed; a multiple of 4")
+    parser = own_rows.arguments(__doc__, "freecus", 72, "a seed; a multiple of 4")
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--guidance", type=float, default=diffusion.GUIDANCE)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "freecus")
-    parser.add_argument("--out", type=Path, default=HERE / "freecus_rows.json")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    args.scratch.mkdir(parents=True, exist_ok=True)
+    args = own_rows.begin(parser, argv)
     name = f"{args.prompts}_{args.steps}"
     pipe, rows = diffusion.pipeline("flow"), []
     chosen = choices(pipe, args, args.scratch / f"{name}_choices.json")
@@ -347,19 +337,17 @@ def main(argv: list[str] | None = None) -> None:
         batch = tasks(args.prompts, seed)
         for i, variant in enumerate(VARIANTS):
             kept = args.scratch / f"{name}_{seed}_{i}.json"
-            if not kept.exists():
-                found = aggregated(run(pipe, batch, seed, args, **setting(variant, chosen)))
-                kept.write_text(json.dumps(found))
-            own = json.loads(kept.read_text())
+            how = setting(variant, chosen)
+            own = own_rows.once(
+                kept, lambda b=batch, s=seed, h=how: aggregated(run(pipe, b, s, args, **h))
+            )
             rows += [{"seed": seed, "variant": variant} | row for row in own]
             print(*rows[-len(own) :], sep="\n", flush=True)
     chosen["vitality"] = [round(v, 4) for v in chosen["vitality"]]
     for key in ("pivotal", "all"):
         chosen[key] = {k: round(v, 4) for k, v in chosen[key].items()}
     head = {"steps": args.steps, "guidance": args.guidance, "prompts": args.prompts}
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    args.out.write_text(f'{json.dumps(head | {"chosen": chosen})[:-1]}, "rows": [\n{lines}\n]}}\n')
-    print(f"wrote {args.out.name} ({len(rows)} rows)")
+    own_rows.write("freecus", head | {"chosen": chosen}, rows)
 
 
 if __name__ == "__main__":

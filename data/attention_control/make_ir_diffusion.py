@@ -10,15 +10,14 @@ together. U-Net and flow, and in the U-Net also subjects of two colours. Rows: a
 subjects, method and seed. What the scratch folder holds is not made again.
 """
 
-import argparse
 import json
 import math
 import random
 import sys
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import own_rows
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -381,17 +380,9 @@ def run(pipe, some: list[Case], seed: int, chosen: dict, subjects=False) -> list
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--prompts", type=int, default=24, help="a seed, six pictures each")
-    parser.add_argument("--threads", type=int, default=1)
+    parser = own_rows.arguments(__doc__, "attention_control", 24, "a seed, six pictures each")
     parser.add_argument("--models", nargs="+", default=["unet", "flow"])
-    parser.add_argument(
-        "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "attention_control"
-    )
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    args.scratch.mkdir(parents=True, exist_ok=True)
+    args = own_rows.begin(parser, argv)
     head, rows, each = {}, [], args.prompts // len(COUNTS)
     for kind in args.models:
         pipe = diffusion.pipeline(kind, "cpu")
@@ -408,10 +399,7 @@ def main(argv: list[str] | None = None) -> None:
                     kept.write_text(json.dumps([same | row for row in found]))
                 rows += json.loads(kept.read_text())
                 print(*rows[-1 - len(METHODS) :], sep="\n", flush=True)
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    text = f'{json.dumps(head)[:-1]},\n"rows": [\n{lines}\n]}}\n'
-    (HERE / "ir_diffusion_rows.json").write_text(text)
-    print(f"wrote ir_diffusion_rows.json ({len(rows)} rows)")
+    own_rows.write("ir_diffusion", head, rows)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,13 @@ token, threshold and variant come from pictures of seed 100. A row a picture; a 
 scratch folder holds is not made again. About 3.5 seconds a picture on one thread.
 """
 
-import argparse
-import json
 import random
 import sys
-import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import own_rows
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -302,37 +300,24 @@ def chunk(pipe, found: list[Case], noise: Tensor, settings: dict) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--prompts", type=int, default=72, help="a seed")
-    parser.add_argument("--threads", type=int, default=1)
-    default = Path(tempfile.gettempdir()) / "attention_control_monkey"
-    parser.add_argument("--scratch", type=Path, default=default)
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    args.scratch.mkdir(parents=True, exist_ok=True)
+    parser = own_rows.arguments(__doc__, "attention_control_monkey", 72, "a seed")
+    args = own_rows.begin(parser, argv)
     pipe = diffusion.add_adapter(diffusion.pipeline("unet", device="cpu"))
 
-    def once(name: str, make):
-        kept = args.scratch / f"{name}.json"
-        if not kept.exists():
-            kept.write_text(json.dumps(make()))
-        return json.loads(kept.read_text())
-
-    settings = once("settings", lambda: tune(pipe, denoising.levels(pipe, STEPS)))
+    settings = own_rows.once(
+        args.scratch / "settings.json", lambda: tune(pipe, denoising.levels(pipe, STEPS))
+    )
     print(settings, flush=True)
     rows = []
     for seed in args.seeds:
         found, noise = cases(args.prompts, seed), denoising.noise(args.prompts, seed)
         for a in range(0, args.prompts, CHUNK):
             part = (found[a : a + CHUNK], noise[a : a + CHUNK], settings)
-            made = once(f"{seed}_{a}_{len(part[0])}", lambda p=part: chunk(pipe, *p))
+            kept = args.scratch / f"{seed}_{a}_{len(part[0])}.json"
+            made = own_rows.once(kept, lambda p=part: chunk(pipe, *p))
             rows += [dict(seed=seed, i=i) | row for i, row in enumerate(made, a)]
             print(f"seed {seed}: {a + len(made)} of {args.prompts}", flush=True)
-    lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
-    head = json.dumps(dict(steps=STEPS, guidance=GUIDANCE, settings=settings))[1:-1]
-    (HERE / "monkey_rows.json").write_text(f'{{{head},\n"rows": [\n{lines}\n]}}\n')
-    print(f"wrote monkey_rows.json ({len(rows)} rows)")
+    own_rows.write("monkey", dict(steps=STEPS, guidance=GUIDANCE, settings=settings), rows)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ colour or another shape in four ways. Settings come from pictures of seed 100. A
 chunk that the scratch folder holds is not made again. About 4 seconds a picture on one thread.
 """
 
-import argparse
-import json
 import random
 import sys
-import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import own_rows
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -296,25 +294,14 @@ def chunk(pipe, wanted: list[Edit], others: list[str], settings: dict, full: boo
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--prompts", type=int, default=72, help="pictures a seed")
+    parser = own_rows.arguments(__doc__, "attention_control_uniform_maps", 72, "pictures a seed")
     parser.add_argument("--edits", type=int, default=36, help="of them also edited")
-    parser.add_argument("--threads", type=int, default=1)
-    default = Path(tempfile.gettempdir()) / "attention_control_uniform_maps"
-    parser.add_argument("--scratch", type=Path, default=default)
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    args.scratch.mkdir(parents=True, exist_ok=True)
+    args = own_rows.begin(parser, argv)
     pipe = diffusion.pipeline("unet", device="cpu")
 
-    def once(name: str, make):
-        kept = args.scratch / f"{name}.json"
-        if not kept.exists():
-            kept.write_text(json.dumps(make()))
-        return json.loads(kept.read_text())
-
-    settings = once("settings", lambda: tune(pipe, denoising.levels(pipe, STEPS)))
+    settings = own_rows.once(
+        args.scratch / "settings.json", lambda: tune(pipe, denoising.levels(pipe, STEPS))
+    )
     print(settings, flush=True)
     rows = []
     for seed in args.seeds:
@@ -324,13 +311,11 @@ def main(argv: list[str] | None = None) -> None:
         for a, b in zip(cuts, [*cuts[1:], args.prompts], strict=True):
             if a < b:
                 part = (wanted[a:b], others[a:b], settings, a < args.edits)
-                made = once(f"{seed}_{a}_{b}_{args.prompts}", lambda p=part: chunk(pipe, *p))
+                kept = args.scratch / f"{seed}_{a}_{b}_{args.prompts}.json"
+                made = own_rows.once(kept, lambda p=part: chunk(pipe, *p))
                 rows += [dict(seed=seed, i=i) | row for i, row in enumerate(made, a)]
                 print(f"seed {seed}: {b} of {args.prompts}", flush=True)
-    lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
-    head = json.dumps(dict(steps=STEPS, guidance=GUIDANCE, settings=settings))[1:-1]
-    (HERE / "uniform_maps_rows.json").write_text(f'{{{head},\n"rows": [\n{lines}\n]}}\n')
-    print(f"wrote uniform_maps_rows.json ({len(rows)} rows)")
+    own_rows.write("uniform_maps", dict(steps=STEPS, guidance=GUIDANCE, settings=settings), rows)
 
 
 if __name__ == "__main__":

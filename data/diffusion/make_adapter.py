@@ -1,6 +1,7 @@
 """Train the image prompt of the U-Net: makes adapter.safetensors and adapter.json.
 
-    python data/diffusion/make_adapter.py [--minutes 30] [--scratch DIR] [--ship]
+    python data/diffusion/make_adapter.py [--minutes 30] [--scratch DIR]
+    python data/diffusion/make_adapter.py --decay 8 --ship [--scratch DIR]
 
 IP-Adapter (Ye et al., arXiv 2308.06721): the U-Net stays as it is, every cross-attention gets keys
 and values of its own for four tokens that a projection makes of a picture's embedding. As there,

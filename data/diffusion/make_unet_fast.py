@@ -1,6 +1,7 @@
 """Distil the U-Net to a few steps without guidance: makes unet_fast.safetensors and its json.
 
-    python data/diffusion/make_unet_fast.py [--pairs 8192] [--minutes 18] [--scratch DIR] [--ship]
+    python data/diffusion/make_unet_fast.py [--pairs 8192] [--minutes 18] [--scratch DIR]
+    python data/diffusion/make_unet_fast.py --decay 8 --ship [--scratch DIR]
 
 Reflow (Liu, Gong and Liu, arXiv 2209.03003), with the U-Net's own v and schedule: the guided
 12-step DDIM sampler turns noise into latents, and a copy of the U-Net is trained on the straight
@@ -12,7 +13,6 @@ are missing.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -26,37 +26,22 @@ from training import Trainer, arguments, attention, compiled, ship, spread
 
 from lib import diffusion
 
-BATCH, SHARDS, FILE, STEPS = 32, 8, 512, 12
-STOPS = torch.tensor([999, 749, 499, 249])  # of four trailing steps
+BATCH, SHARDS, FILE = 32, 8, 512
+STEPS, FEW = 12, 4  # the teacher's, the student's
 
 
 @torch.no_grad()
-def ends(unet, scheduler, noise: Tensor, text: Tensor, empty: Tensor) -> Tensor:
-    """Latents [n, 4, 16, 16] that guided DDIM makes of ``noise`` and states [n, TOKENS, 384]."""
-    scheduler.set_timesteps(STEPS)
-    both = torch.cat([empty.expand_as(text), text])
-    x = noise
-    for t in scheduler.timesteps:
+def walk(v_of, scheduler, x: Tensor, steps: int, until: int | None = None) -> Tensor:
+    """Where DDIM of ``steps`` steps is after ``until`` of them: latents [n, 4, 16, 16]."""
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps[:until]:
         with torch.autocast("cpu", torch.bfloat16):
-            free, told = unet(torch.cat([x, x]), t.expand(2 * len(x)), both).float().chunk(2)
-        v = free + diffusion.GUIDANCE * (told - free)
+            v = v_of(x, t).float()
         x = scheduler.step(v, t, x).prev_sample
     return x
 
 
-@torch.no_grad()
-def arrived(student, scheduler, noise: Tensor, text: Tensor, steps: int) -> Tensor:
-    """Where the student itself is after ``steps`` of the four steps: [n, 4, 16, 16]."""
-    scheduler.set_timesteps(len(STOPS))
-    x = noise
-    for t in scheduler.timesteps[:steps]:
-        with torch.autocast("cpu", torch.bfloat16):
-            v = student(x, t.expand(len(x)), text).float()
-        x = scheduler.step(v, t, x).prev_sample
-    return x
-
-
-def make_pairs(folder: Path, wanted: int, scenes: Scenes, args) -> list[dict]:
+def make_pairs(folder: Path, scenes: Scenes, args) -> list[dict]:
     """Files of FILE pairs, float16: noise, latents, the captions' states [.., TOKENS, 384]."""
     folder.mkdir(parents=True, exist_ok=True)
     unet = diffusion.build(UNet2DConditionModel, "unet")
@@ -64,7 +49,7 @@ def make_pairs(folder: Path, wanted: int, scenes: Scenes, args) -> list[dict]:
     run = compiled(lambda x, t, text: unet(x, t, text, return_dict=False)[0], args)
     empty = torch.zeros(1, diffusion.TOKENS, 384)
     empty[0, : len(scenes.empty)] = scenes.empty
-    paths = [folder / f"pairs_{i}.safetensors" for i in range(wanted // FILE)]
+    paths = [folder / f"pairs_{i}.safetensors" for i in range(args.pairs // FILE)]
     for i, path in enumerate(paths):
         if path.exists():
             continue
@@ -73,7 +58,13 @@ def make_pairs(folder: Path, wanted: int, scenes: Scenes, args) -> list[dict]:
         for _ in range(FILE // 64):
             _, text, *_ = scenes.batch(64, g, drop=0)
             noise = torch.randn(64, 4, 16, 16, generator=g)
-            found = noise, ends(run, scheduler, noise, text, empty), text
+            both = torch.cat([empty.expand_as(text), text])
+
+            def guided(x, t, both=both):
+                free, told = run(torch.cat([x, x]), t.expand(len(both)), both).float().chunk(2)
+                return free + diffusion.GUIDANCE * (told - free)
+
+            found = noise, walk(guided, scheduler, noise, STEPS), text
             for name, value in zip(kept, found, strict=True):
                 kept[name].append(value.half())
         part = path.with_suffix(".part")
@@ -84,12 +75,9 @@ def make_pairs(folder: Path, wanted: int, scenes: Scenes, args) -> list[dict]:
 
 
 def main():
-    wanted = 8_192
-    if "--pairs" in sys.argv:
-        at = sys.argv.index("--pairs")
-        wanted = int(sys.argv[at + 1])
-        del sys.argv[at : at + 2]
-    args = arguments("unet_fast", 18, __doc__)
+    args = arguments("unet_fast", 18, __doc__, pairs=8192)
+    if args.pairs < FILE:
+        raise SystemExit(f"--pairs {args.pairs} is less than a file of them; give {FILE} or more")
     scheduler = DDIMScheduler.from_config(diffusion.read("unet")["scheduler"])
     model = diffusion.build(UNet2DConditionModel, "unet").requires_grad_(True)
     trainer = Trainer(model, args, lr=3e-4, warmup=100)
@@ -103,8 +91,10 @@ def main():
     if args.minutes or args.decay:
         F.scaled_dot_product_attention = attention
         scenes = Scenes(args.scratch.parent / "scenes", SHARDS)
-        pairs = make_pairs(args.scratch / "pairs", wanted, scenes, args)
+        pairs = make_pairs(args.scratch / "pairs", scenes, args)
         signal = scheduler.alphas_cumprod
+        scheduler.set_timesteps(FEW)
+        stops = scheduler.timesteps
         predict = compiled(lambda x, t, text: model(x, t, text, return_dict=False)[0], args)
 
         def loss_of(step):
@@ -113,20 +103,26 @@ def main():
             rows = torch.randint(FILE, (BATCH,), generator=g)
             noise, x, text = (part[name][rows].float() for name in ("noise", "end", "text"))
             t = (spread(BATCH, g) * 1000).long()
-            last = torch.randint(len(STOPS), (1,), generator=g).item()
-            t[::2] = STOPS[last]
+            last = torch.randint(FEW, (1,), generator=g).item()
+            t[::2] = stops[last]
             a = signal[t][:, None, None, None]
             mixed = a.sqrt() * x + (1 - a).sqrt() * noise
-            mixed[::2] = arrived(predict, scheduler, noise[::2], text[::2], last)
+            mixed[::2] = walk(
+                lambda x, t: predict(x, t.expand(len(x)), text[::2]),
+                scheduler, noise[::2], FEW, last,
+            )  # fmt: skip
             with torch.autocast("cpu", torch.bfloat16):
                 v = predict(mixed, t, text)
-            wanted = (mixed - a.sqrt() * x) / (1 - a).sqrt()  # the noise, if x is what it covers
-            return F.mse_loss(v.float(), a.sqrt() * wanted - (1 - a).sqrt() * x), BATCH
+            covering = (mixed - a.sqrt() * x) / (1 - a).sqrt()  # the noise, if x is what it covers
+            return F.mse_loss(v.float(), a.sqrt() * covering - (1 - a).sqrt() * x), BATCH
 
         trainer.run(loss_of)
     if args.ship:
         record = dict(
-            minutes=round(trainer.minutes), steps=trainer.step, images=trainer.seen, pairs=wanted
+            minutes=round(trainer.minutes),
+            steps=trainer.step,
+            images=trainer.seen,
+            pairs=args.pairs,
         )
         ship("unet_fast", trainer.mean(), scheduler=dict(scheduler.config), training=record)
 

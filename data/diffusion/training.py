@@ -28,8 +28,8 @@ SAVE_SECONDS, LOG_SECONDS = 100, 30
 MUON = 5.0  # times the rate of AdamW, whose steps, though bounded by the same, are longer at first
 
 
-def arguments(name: str, minutes: float, doc: str) -> argparse.Namespace:
-    """What every maker takes."""
+def arguments(name: str, minutes: float, doc: str, **more: int) -> argparse.Namespace:
+    """What every maker takes, and its own numbers with their defaults."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -40,6 +40,8 @@ def arguments(name: str, minutes: float, doc: str) -> argparse.Namespace:
     parser.add_argument("--look", type=int, default=0, help="sample so many pictures and score")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 2)))
     parser.add_argument("--no-compile", dest="compile", action="store_false")
+    for option, default in more.items():
+        parser.add_argument(f"--{option}", type=int, default=default)
     args = parser.parse_args()
     if args.minutes is None:
         args.minutes = 0.0 if args.ship or args.look or args.decay else minutes
